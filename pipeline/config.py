@@ -1,0 +1,99 @@
+"""From YAML to typed values, with errors that name the key: shared by recipes and machine files."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import UserError
+
+MAX_YAML_BYTES = 256 * 1024
+"""A recipe is a page of text; more is a mistake or an attack."""
+
+T = TypeVar("T")
+
+
+class _NoAlias(yaml.SafeLoader):
+    """A safe loader without anchors: their expansion grows without bound (reliability.md S9)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases (& and *) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one small YAML document.
+
+    Raises:
+        UserError: it is too large, uses aliases or tags, or is not YAML; `where` names it in the message.
+    """
+    if len(text.encode()) > MAX_YAML_BYTES:
+        raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes")
+    try:
+        return yaml.load(text, Loader=_NoAlias)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        first = " ".join(str(error).split())
+        raise UserError(f"{where}: not valid YAML: {first[:300]}") from None
+
+
+def load_yaml(path: Path) -> Any:
+    """Read one YAML file.
+
+    Raises:
+        UserError: the file cannot be read, or `parse_yaml` refuses it.
+    """
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"{path}: larger than {MAX_YAML_BYTES} bytes")
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for a misspelled name, or the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def field_names(kind: Any) -> list[str]:
+    """The keys that a pydantic model or dataclass takes."""
+    fields = getattr(kind, "model_fields", None) or getattr(kind, "__pydantic_fields__", None) or {}
+    return list(fields)
+
+
+def validate(kind: type[T], value: Any, where: str) -> T:
+    """Make a typed value of plain YAML data.
+
+    Args:
+        kind: a pydantic model or pydantic dataclass that forbids unknown keys.
+        value: what the YAML holds at `where`; None counts as empty.
+        where: the dotted path of the value, for messages.
+
+    Raises:
+        UserError: the first fault, with the dotted path of its key and the nearest known key.
+    """
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected keys and values, got {type(value).__name__}")
+    unknown = [str(k) for k in value if k not in field_names(kind)]
+    if unknown:
+        raise UserError(f"{where}.{unknown[0]}: unknown key{nearest(unknown[0], field_names(kind))}")
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        path = ".".join([where, *(str(p) for p in fault["loc"])])
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            message = "unknown key"
+        if fault["type"] in ("missing", "missing_argument"):
+            raise UserError(f"{path}: required, but missing") from None
+        shown = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+        raise UserError(f"{path}: {message}{shown}") from None

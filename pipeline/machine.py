@@ -1,0 +1,54 @@
+"""Where and how fast: everything about a computation that never changes what it means.
+
+In: a YAML file such as conf/machines/laptop.yaml. Out: a frozen Machine. No field of it reaches a key, but for the
+numerics class that a worker reports for itself (embed.py).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.config import load_yaml, validate
+
+
+class Machine(BaseModel):
+    """One kind of machine; a cluster is many of the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Of the forward pass. auto: bf16 on a GPU and on processors that have it, else float32."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of one worker's numeric kernels. The same for serial and Ray, so that both give the same bytes."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """CPU workers on a Ray cluster; null: one for each `threads` cores that the cluster has."""
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPU workers on a Ray cluster, one GPU each; null: all that it has. 0: embed on the CPU workers."""
+    decoders: Annotated[int, Field(ge=0)] = 0
+    """Threads that decode images beside one embedding worker; 0 decodes in line."""
+    image_batch: Annotated[int, Field(ge=1)] = 64
+    text_batch: Annotated[int, Field(ge=1)] = 256
+    fast_decode: bool = False
+    """Scaled JPEG decode: faster, and not bit-equal to open_clip's own transform. Belongs to the embeddings' key."""
+    unit_deadline_s: Annotated[float, Field(gt=0)] = 3600.0
+    """A unit that takes longer is killed and tried once more elsewhere, then named."""
+    storage_options: dict[str, dict[str, Any]] = {}
+    """fsspec options by protocol, for example {s3: {endpoint_url: ...}}. Secrets belong into the environment."""
+    scratch: str | None = None
+    """Folder for downloads and spills; null: the system's temporary folder."""
+
+
+def load_machine(path: str | None) -> Machine:
+    """Read a machine file, or describe this machine where there is none.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or has an unknown key or a wrong value; the message names it.
+    """
+    if path is None:
+        return Machine(threads=max(1, (os.cpu_count() or 1)))
+    return validate(Machine, load_yaml(Path(path)), "machine")
