@@ -35,7 +35,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text.encode()) > MAX_YAML_BYTES:
         raise UserError(f"{where}: larger than {MAX_YAML_BYTES} bytes")
     try:
-        return yaml.load(text, Loader=_NoAlias)  # noqa: S506 (a SafeLoader)
+        return _NoAlias(text).get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = " ".join(str(error).split())
         raise UserError(f"{where}: not valid YAML: {first[:300]}") from None

@@ -2,7 +2,7 @@
 
 PairsieveError
     UserError       the command line, recipe, machine file or pool is wrong; exit 2, nothing was computed
-    RunError        storage, memory or a worker failed on named units; the rest finished; exit 1, a rerun retries only those
+    RunError        storage, memory or a worker failed on named units; the rest finished; exit 1, a rerun retries those
     SchemaError     a stage broke its promise (columns, row count); nothing was written; exit 1
 """
 

@@ -1,4 +1,4 @@
-"""The tables that travel between stages: their Arrow schemas, the closed lists of problems and reasons, and column aliases.
+"""The tables that travel between stages: Arrow schemas, the closed list of problems, column aliases.
 
 Every table of a unit has one row per listed sample, in the order of the shard. Nulls are Arrow nulls.
 """
@@ -28,7 +28,7 @@ SAMPLES = pa.schema(
         (
             "source_row",
             pa.int64(),
-        ),  # row in the unit's metadata, arrays or image column; null for a tar without sidecar
+        ),  # row in the unit's metadata or arrays; null for a tar without sidecar
         ("image", MEMBER),  # the image member among `members`; null without one, and for pools without tars
         ("members", pa.list_(MEMBER)),  # all of the key, in tar order; null for pools without tars
     ]
@@ -55,6 +55,25 @@ SAMPLE_PROBLEMS = (
     "unsafe_name",
 )
 SHARD_PROBLEMS = ("truncated", "bad_header", "not_a_tar", "empty", "trailing_data")
+
+
+def embeddings(dims: int) -> pa.Schema:
+    """Schema of one model's evidence: one row per listed sample, null vectors where it was not embedded.
+
+    A vector is `dims` little-endian float16 values of unit norm. `score` is the cosine of the two (vectors.row_cosine).
+    `problem` and `detail` say what only decoding, or the vector itself, showed.
+    """
+    vector = pa.binary(2 * dims)
+    return pa.schema(
+        [
+            ("image", vector),
+            ("text", vector),
+            ("score", pa.float32()),
+            ("problem", pa.string()),
+            ("detail", pa.string()),
+        ]
+    )
+
 
 ALIVE, PROBLEM = 0, 255
 """Values of STATE.dropped_by beside the number of the step that dropped the row (from 1)."""
