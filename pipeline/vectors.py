@@ -102,7 +102,8 @@ def ordered_bits(value_N: Floats) -> NDArray[np.unsignedinteger]:
     uint = np.dtype(f"u{value_N.dtype.itemsize}").type
     sign = uint(1 << (8 * value_N.dtype.itemsize - 1))
     bits_N = (value_N + value_N.dtype.type(0)).view(uint)
-    return np.where(bits_N & sign, ~bits_N, bits_N | sign)
+    ordered_N: NDArray[np.unsignedinteger] = np.where(bits_N & sign, ~bits_N, bits_N | sign)
+    return ordered_N
 
 
 def from_ordered_bits(bits_N: NDArray[np.unsignedinteger]) -> Floats:
