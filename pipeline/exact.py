@@ -14,6 +14,7 @@ into parts and no limit on the gathered rows changes the answer.
 
 import sys
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,7 +121,7 @@ def start(quota_K: NDArray[np.int64], value_bits: int) -> Cut:
         quota_K=quota_K,
         prefix_KL=np.zeros((groups, value_bits // DIGIT_BITS + TIE_DIGITS), np.uint16),
         depth_K=np.zeros(groups, np.int64),
-        left_K=quota_K,
+        left_K=quota_K.copy(),
         inside_K=np.full(groups, -1, np.int64),
         open_K=quota_K > 0,
     )
@@ -195,7 +196,7 @@ def refine(cut: Cut, counts: Counts) -> Cut:
     size_O = sum_C[end_O] - sum_C[begin_O]
     if depth and not np.array_equal(size_O, cut.inside_K[group_O]):
         raise ValueError(f"counted {size_O.sum()} rows inside the cut, expected {cut.undecided}: a part is missing")
-    cut = _copy(cut)
+    cut = deepcopy(cut)
     if depth == 0:
         cut.quota_K[group_O] = cut.left_K[group_O] = np.minimum(cut.quota_K[group_O], size_O)
         cut.open_K[group_O] = cut.inside_K[group_O] = size_O  # an empty group closes with nothing taken
@@ -227,7 +228,7 @@ def settle(cut: Cut, group_M: NDArray[np.int32], keys: Keys) -> Cut:
     counted_K = cut.open_K & (cut.inside_K >= 0)
     if not np.array_equal(size_K[counted_K], cut.inside_K[counted_K]):
         raise ValueError(f"got {len(group_M)} undecided rows, expected {cut.undecided}: a part is missing")
-    cut = _copy(cut)
+    cut = deepcopy(cut)
     order_M = np.lexsort((*keys.words[::-1], group_M))
     some_K = cut.open_K & (size_K > 0)
     begin_K = np.cumsum(size_K) - size_K
@@ -290,9 +291,3 @@ def _depth(cut: Cut) -> int:
 
 def _counts(bins: NDArray[np.int64], count: NDArray[np.int64]) -> Counts:
     return Counts((bins >> DIGIT_BITS).astype(np.int32), bins.astype(np.uint16), count)
-
-
-def _copy(cut: Cut) -> Cut:
-    """A cut whose arrays the next round may be written into."""
-    arrays = (cut.quota_K, cut.prefix_KL, cut.depth_K, cut.left_K, cut.inside_K, cut.open_K)
-    return Cut(*(array.copy() for array in arrays))
