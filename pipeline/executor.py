@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from pipeline.errors import SchemaError, UserError
@@ -30,7 +31,13 @@ class Worker(Protocol):
     """What a worker needs to start: a small frozen value that can travel to another process."""
 
     def open(self) -> Callable[[Any], Any]:
-        """Prepare once per worker process; the function then does any number of tasks."""
+        """Prepare once per worker process; the function then does any number of tasks.
+
+        An error here is that of the task it was opened for; the next task opens it again.
+        """
+
+    def __hash__(self) -> int:
+        """Equal values share their workers."""
 
 
 class Executor(Protocol):
@@ -72,10 +79,13 @@ class Serial:
         self._open: dict[Worker, Callable[[Any], Any]] = {}
 
     def each(self, worker: Worker, tasks: Iterable[Any], gpu: bool = False) -> Iterator[tuple[int, Any | Failure]]:
+        for position, task in enumerate(tasks):
+            yield position, attempt(partial(self._do, worker), task)
+
+    def _do(self, worker: Worker, task: Any) -> Any:
         if worker not in self._open:
             self._open[worker] = worker.open()
-        for position, task in enumerate(tasks):
-            yield position, attempt(self._open[worker], task)
+        return self._open[worker](task)
 
     def close(self) -> None:
         self._open.clear()
