@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.toy_workers import Broken, Environment, Fatal, Square
 
 from pipeline.executor import Executor, Failure, Serial
 from pipeline.machine import Machine
+from tests.toy_workers import Broken, Environment, Fatal, Square
 
 DEADLINE_S = 4.0
 
@@ -66,18 +66,13 @@ def test_a_worker_that_cannot_be_opened_fails_its_tasks(executor: Executor) -> N
 
 
 def test_tasks_are_taken_as_they_are_needed(executor: Executor, tmp_path: Path) -> None:
-    taken = 0
-
-    def endless() -> Iterator[int]:
-        nonlocal taken
-        for taken in itertools.count(1):
-            yield taken
-
-    answers = executor.each(Square(str(tmp_path)), endless())
+    taken: list[int] = []
+    endless = (taken.append(n) or n for n in itertools.count())  # type: ignore[func-returns-value]
+    answers = executor.each(Square(str(tmp_path)), endless)
     for answered in range(1, 31):
         position, result = next(answers)
-        assert result == (position + 1) ** 2
-        assert taken - answered <= 2 * 2 + 2 + 1, "two for each of two workers, their last answers, one to look ahead"
+        assert result == position**2
+        assert len(taken) - answered <= 2 * 2 + 2 + 1, "two for each of two workers, their last answers, and one more"
     answers.close()  # type: ignore[attr-defined]
     assert dict(executor.each(Square(str(tmp_path)), [7])) == {0: 49}
 
