@@ -371,5 +371,5 @@ def _ustar(name: bytes, kind: bytes, count: int, mtime: int) -> bytes:
     size = b"%011o\0" % count if count < 8**11 else b"\x80" + count.to_bytes(11, "big")
     owner = b"0000000\0"
     head = name.ljust(100, b"\0") + b"0000644\0" + owner * 2 + size + b"%011o\0" % mtime
-    tail = kind + b"\0" * 100 + b"ustar\00000" + b"\0" * 64 + owner * 2 + b"\0" * 167
+    tail = kind + b"\0" * 100 + b"ustar\00000" + b"\0" * 247
     return head + b"%06o\0 " % sum(head + b" " * 8 + tail) + tail
