@@ -14,7 +14,7 @@ from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 GRID = 2.0**24
 PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centroid at a time
 GEMM_CELLS = 2**24  # cosines held at a time: 64 MiB
-DENSE = 8  # near-tied centroids per row above which one float64 product is cheaper than pairs
+DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
 SUM_ROWS = 4096
 
 
@@ -100,24 +100,25 @@ def nearest(vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 8192) -> 
     slack = 2 * (dims + 8) * 2.0**-24  # twice the most that a float32 dot of unit rows can be off
     block_rows = min(block_rows, max(256, GEMM_CELLS // clusters))
     for start in range(0, len(vec_ND), block_rows):
-        vec_BD = vec_ND[start : start + block_rows]
+        vec_BD = vec_ND[start : start + block_rows].astype(np.float64)
         norm_B = vectors.norms(vec_BD)
         if not (norm_B > 0).all():
             raise ValueError(f"row {start + int(np.argmin(norm_B > 0))} has no direction and so no nearest centroid")
-        cos_BK = (vec_BD / norm_B[:, None]).astype(np.float32) @ unit_DK
-        near_BK = cos_BK >= cos_BK.max(axis=1, keepdims=True) - np.float32(slack)
-        row_C, cluster_C = np.nonzero(near_BK)
-        if len(row_C) > DENSE * len(vec_BD):
-            dot_BK = vec_BD.astype(np.float64) @ centroid64_KD.T
-            dot_C = dot_BK[row_C, cluster_C]
+        dot_BK = vec_ND[start : start + block_rows].astype(np.float32) @ unit_DK
+        near_C = np.flatnonzero(
+            dot_BK >= dot_BK.max(axis=1, keepdims=True) - (slack * norm_B[:, None]).astype(np.float32)
+        )
+        if len(near_C) > DENSE * len(vec_BD):
+            cos_BK = vec_BD @ centroid64_KD.T
+            cos_BK /= norm_B[:, None] * norm_K
+            cluster_B = cos_BK.argmax(axis=1)
+            best_B = cos_BK[np.arange(len(vec_BD)), cluster_B]
         else:
-            dot_C = np.einsum("cd,cd->c", vec_BD.astype(np.float64)[row_C], centroid64_KD[cluster_C])
-        cos_C = dot_C / (norm_B[row_C] * norm_K[cluster_C])
-        begin_B = np.searchsorted(row_C, np.arange(len(vec_BD)))
-        best_B = np.maximum.reduceat(cos_C, begin_B)
-        first_C = np.flatnonzero(cos_C == best_B[row_C])
-        first_B = first_C[np.searchsorted(row_C[first_C], np.arange(len(vec_BD)))]
-        cluster_N[start : start + block_rows] = cluster_C[first_B]
+            row_C, cluster_C = divmod(near_C, clusters)
+            cos_C = np.einsum("cd,cd->c", vec_BD[row_C], centroid64_KD[cluster_C]) / (norm_B[row_C] * norm_K[cluster_C])
+            first_B = vectors.first_largest(cos_C, row_C)
+            cluster_B, best_B = cluster_C[first_B], cos_C[first_B]
+        cluster_N[start : start + block_rows] = cluster_B
         distance_N[start : start + block_rows] = np.maximum(1 - best_B, 0)  # the quotient may round above 1
     return cluster_N, distance_N
 

@@ -54,7 +54,7 @@ def norms(vec_ND: Floats) -> Float64s:
     """L2 norm of each row, in float64: float64, shape (N,). Exact up to the square root for stored float16 rows."""
     norm_N = np.empty(len(vec_ND))
     for start in range(0, len(vec_ND), BLOCK_ROWS):
-        block_BD = vec_ND[start : start + BLOCK_ROWS].astype(np.float64)
+        block_BD = vec_ND[start : start + BLOCK_ROWS].astype(np.float64, copy=False)
         norm_N[start : start + BLOCK_ROWS] = np.sqrt(np.einsum("nd,nd->n", block_BD, block_BD))
     return norm_N
 
@@ -88,6 +88,22 @@ def all_cosines(a_ND: Float16s, b_MD: Float16s) -> Float32s:
     dot_NM = a_ND.astype(np.float64) @ b_MD.astype(np.float64).T
     dot_NM /= norms(a_ND)[:, None] * norms(b_MD)
     return dot_NM.astype(np.float32)
+
+
+def first_largest(value_P: Floats, row_P: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each row's largest value stands, the first among equals.
+
+    Args:
+        value_P: float32 or float64, shape (P,).
+        row_P: int64, shape (P,), ascending from 0 without gaps: the row of each value.
+
+    Returns:
+        int64, shape (N,): a place in `value_P` for each row.
+    """
+    begin_N = np.flatnonzero(np.diff(row_P, prepend=-1))
+    largest_N = np.maximum.reduceat(value_P, begin_N)
+    equal = np.flatnonzero(value_P == largest_N[row_P])
+    return equal[np.flatnonzero(np.diff(row_P[equal], prepend=-1))]
 
 
 def ordered_bits(value_N: Floats) -> NDArray[np.unsignedinteger]:

@@ -107,6 +107,11 @@ def test_a_cosine_does_not_depend_on_the_rows_beside_it():
     assert np.array_equal(vectors.row_cosine(np.asfortranarray(a_ND), b_ND), cos_N)
 
 
+def test_first_largest_worked_by_hand():
+    value_P = np.array([3, 5, 5, -1, 2, 2, 2, 1], np.float32)
+    assert vectors.first_largest(value_P, np.array([0, 0, 0, 1, 2, 2, 2, 2])).tolist() == [1, 3, 4]
+
+
 @given(st.lists(finite32, min_size=1), st.lists(finite64, min_size=1))
 def test_ordered_bits_sort_as_the_floats_do_and_come_back(values32, values64):
     for values, dtype in ((values32, np.float32), (values64, np.float64)):
