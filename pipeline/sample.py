@@ -159,16 +159,14 @@ def emoji_pairs() -> Iterator[Pair]:
 
     emoji.config.load_language(list(LANGUAGES))
     font = ImageFont.truetype(path, 144)  # the largest glyphs are 1.29 em wide: 186 of the 192 px
-    one_glyph = font.getlength("\N{GRINNING FACE}")
-    english = [
+    drawn = [
         (text, names)
         for text, names in emoji.EMOJI_DATA.items()
         if names["status"] == emoji.STATUS["fully_qualified"]
         and "skin_tone" not in names["en"]
-        and font.getlength(text) == one_glyph  # not so: the font lacks it, and draws a box or its parts side by side
-        and max(map(abs, font.getbbox(text, anchor="mm"))) < SIDE_PX // 2  # not so: it would be clipped
+        and is_drawn(font, text)
     ]
-    for number, (text, names) in enumerate(english):
+    for number, (text, names) in enumerate(drawn):
         lang = LANGUAGES[number // 8 % len(LANGUAGES)] if number % 8 == 7 else "en"
         if lang not in names:
             lang = "en"
@@ -183,6 +181,12 @@ def emoji_pairs() -> Iterator[Pair]:
             license="CC BY-SA 4.0",
             lang=lang,
         )
+
+
+def is_drawn(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether the emoji font draws the text as one glyph, whole inside the picture; else a box, or parts in a row."""
+    one_glyph = font.getlength(text) == font.getlength("\N{GRINNING FACE}")
+    return one_glyph and max(map(abs, font.getbbox(text, anchor="mm"))) < SIDE_PX // 2
 
 
 def icon_pairs() -> Iterator[Pair]:
