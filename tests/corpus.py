@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -412,3 +412,9 @@ class OnDisk:
         path = self.paths[role]
         stored = path.read_bytes()
         return LocalFile(str(path), len(stored), hashlib.sha256(stored).hexdigest(), self.damage)
+
+    def read(self, role: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        with open(self.paths[role], "rb") as file:
+            for start, stop in ranges:
+                file.seek(start)
+                yield file.read(stop - start)

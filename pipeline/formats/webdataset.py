@@ -32,6 +32,9 @@ TARS = (".tar", ".tar.gz", ".tgz")
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MAX_TEXT_BYTES = 1 << 20
 MAX_NAME_CHARS = 256
+MAX_RANGES = 64
+"""Images that are asked of storage one by one: a request takes some 30 ms, fetching a whole shard a few seconds."""
+
 DRIVE = re.compile("[A-Za-z]:")
 
 PRIORITY = (
@@ -70,14 +73,14 @@ class Row:
 
 
 def group(sources: Sequence[tuple[str, Source]]) -> list[Unit]:
-    """Units in path order: each tar, with the parquet of the same stem in the same folder as its sidecar.
+    """One unit per tar, in the order given, with the parquet of the same stem in the same folder as its sidecar.
 
     Args:
         sources: path below the pool's common folder, and file; whatever is neither tar nor sidecar is ignored.
     """
     files = dict(sources)
     units = []
-    for path in sorted(files):
+    for path in files:
         suffix = next((suffix for suffix in TARS if path.lower().endswith(suffix)), None)
         if suffix:
             sidecar = path[: -len(suffix)] + ".parquet"
@@ -100,9 +103,9 @@ def read(files: Files) -> Reading:
         _mark_damage(rows, owners, listing.members, faults)
         for row in rows:
             _read_texts(file, row)
-        sidecar, lines = _sidecar(files)
+        sidecar, keys, lines = _sidecar(files)
         if sidecar is not None:
-            lines += _join(rows, sidecar)
+            lines += _join(rows, sidecar, keys)
         of_json = metadata.from_json([row.fields for row in rows])
         columns = of_json if sidecar is None else sidecar.take(pa.array([r.source_row for r in rows], pa.int64()))
         core = _coalesced(metadata.core(columns), metadata.core(of_json))
@@ -124,9 +127,18 @@ def images(files: Files, samples: pa.Table) -> Iterator[bytes | None]:
     Raises:
         OSError: storage or disk failed, or the tar changed.
     """
-    with open(files.open("tar").path, "rb") as file:
-        for image in samples.column("image").to_pylist():
-            yield None if image is None else _bytes(file, image["offset"], image["bytes"])
+    wanted = samples["image"].to_pylist()
+    ranges = [(image["offset"], image["offset"] + image["bytes"]) for image in wanted if image]
+    if len(ranges) > MAX_RANGES:
+        files.open("tar")
+    stored = files.read("tar", ranges)
+    for image in wanted:
+        data = None if image is None else next(stored)
+        if data is not None and len(data) != image["bytes"]:
+            raise OSError(
+                f"{image['name']}: {len(data)} of {image['bytes']} bytes; the tar changed since it was listed"
+            )
+        yield data
 
 
 def split(name: str) -> tuple[str, str]:
@@ -264,28 +276,24 @@ Line = tuple[str | None, int | None, str, str]
 """One row of PROBLEMS."""
 
 
-def _sidecar(files: Files) -> tuple[pa.Table | None, list[Line]]:
-    """The sidecar, if there is one that can be used."""
+def _sidecar(files: Files) -> tuple[pa.Table | None, list[str | None], list[Line]]:
+    """The sidecar, if there is one that can be used, the key of each of its rows, and what is wrong with it."""
     if "sidecar" not in files:
-        return None, []
+        return None, [], []
     try:
         sidecar = metadata.load_sidecar(files.open("sidecar").path)
     except metadata.MetadataError as error:
-        return None, [(None, None, "bad_metadata", f"sidecar: {error}")]
-    if _key_column(sidecar) is None:
-        return None, [(None, None, "bad_metadata", "sidecar: no key column")]
-    return sidecar, []
+        return None, [], [(None, None, "bad_metadata", f"sidecar: {error}")]
+    keys = metadata.text_column(sidecar, "key")
+    if keys is None:
+        return None, [], [(None, None, "bad_metadata", "sidecar: no key column")]
+    return sidecar, keys.to_pylist(), []
 
 
-def _key_column(sidecar: pa.Table) -> str | None:
-    return next((name for name in sidecar.column_names if name.lower() in ALIASES["key"]), None)
-
-
-def _join(rows: list[Row], sidecar: pa.Table) -> list[Line]:
+def _join(rows: list[Row], sidecar: pa.Table, keys: Sequence[str | None]) -> list[Line]:
     """Give each row its row of the sidecar, and append the rows that it alone lists. Returns lines about repeats."""
     lines: list[Line] = []
     first: dict[str, int] = {}
-    keys = [None if key is None else str(key) for key in sidecar.column(_key_column(sidecar)).to_pylist()]
     for i, key in enumerate(keys):
         if key is not None and first.setdefault(key, i) != i:
             detail = f"sidecar: row {i} repeats row {first[key]}, which is used"
