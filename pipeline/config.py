@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,14 +87,20 @@ def validate(kind: type[T], value: Any, where: str) -> T:
     if unknown:
         raise UserError(f"{where}.{unknown[0]}: unknown key{nearest(unknown[0], field_names(kind))}")
     try:
-        return TypeAdapter(kind).validate_python(value)
+        # By way of JSON: there, strict types still make dataclasses of mappings.
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str))
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        path = ".".join([where, *(str(p) for p in fault["loc"])])
-        message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            message = "unknown key"
-        if fault["type"] in ("missing", "missing_argument"):
-            raise UserError(f"{path}: required, but missing") from None
-        shown = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
-        raise UserError(f"{path}: {message}{shown}") from None
+        raise UserError(first_fault(error, where)) from None
+
+
+def first_fault(error: ValidationError, where: str) -> str:
+    """The first fault that pydantic found, as one line with the dotted path of its key."""
+    fault = error.errors(include_url=False)[0]
+    keys = [str(p) for p in fault["loc"] if p not in ("int", "float", "str", "bool")]  # members of a union are no keys
+    path = ".".join([where, *keys])
+    if fault["type"] in ("missing", "missing_argument"):
+        return f"{path}: required, but missing"
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{path}: unknown key"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{path}: {message}" + ("" if isinstance(fault["input"], (dict, list)) else f", got {fault['input']!r}")

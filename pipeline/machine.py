@@ -42,6 +42,9 @@ class Machine(BaseModel):
     scratch: str | None = None
     """Folder for downloads and spills; null: the system's temporary folder."""
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
 
 def load_machine(path: str | None) -> Machine:
     """Read a machine file, or describe this machine where there is none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
@@ -22,10 +23,15 @@ class Made:
     Attributes:
         tables: output name -> rows; the names are the stage's `outputs`.
         facts: JSON values (counts, totals); deterministic, a few hundred bytes.
+        buckets: None, or a number of destinations: the tables then have an int32 column `to` in [0, buckets), and are
+            stored so that each destination's rows can be read alone (Dataset.shuffled).
+        exports: path below the run directory -> what writes that file at a local path; for stages of Run.export.
     """
 
     tables: dict[str, pa.Table]
     facts: dict[str, Any] = field(default_factory=dict)
+    buckets: int | None = None
+    exports: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
 
 class Rows(Protocol):
@@ -36,11 +42,15 @@ class Rows(Protocol):
         """The facts of each committed file of the part, in order."""
 
     @property
-    def num_rows(self) -> int:
-        """Rows of all files together, without reading them."""
+    def given(self) -> dict[str, Any]:
+        """Small values that the driver passes along with the part."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Rows of each committed file of the part, in order, without reading them."""
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of the part, or only the named columns."""
+        """All rows of the part, or only the named columns; without any column where nothing was sent to a bucket."""
 
     def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The same rows, one committed file at a time: for inputs too large to hold at once."""
@@ -81,7 +91,7 @@ class LocalFile:
     Attributes:
         path: local path; read only.
         bytes: length of the decompressed file.
-        sha256: hex digest of the stored (not decompressed) bytes.
+        sha256: hex digest of the stored (not decompressed) bytes; empty but on the first read of the unit.
         damage: why the stored bytes could not be decompressed to their end, or None.
     """
 
@@ -104,17 +114,32 @@ class Files(Protocol):
             OSError: storage would not give it, or gave another length than listed.
         """
 
+    def read(self, role: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes [start, stop) of the (decompressed) file for each range, without fetching the rest.
+
+        Raises:
+            OSError: as `open`.
+        """
+
 
 Function = Callable[..., Made]
 """Called with the unit's Files first where the stage reads the pool, then one Rows per input dataset."""
 
 
 class Stage(Protocol):
-    """The shape of every stage; a frozen dataclass has it without inheriting."""
+    """The shape of every stage; a frozen dataclass has it without inheriting.
+
+    Attributes:
+        name: a noun or verb of the glossary; a folder of the store.
+        version: raised when the meaning of the stage changes, so that old parts are not served.
+        outputs: names of the tables that it makes.
+        exact: whether equal inputs give equal bytes on every machine; a forward pass does not.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
     outputs: ClassVar[tuple[str, ...]]
+    exact: ClassVar[bool]
 
     def build(self, machine: Machine) -> Function:
         """Load what is needed once per worker; the function then serves any number of parts."""

@@ -43,6 +43,14 @@ NEGATIVE_ZERO = np.uint16(0x8000)
 DENSE = 8  # near-tied pairs per row, above which one float64 product of the block is cheaper than pairs
 
 
+class VecRows(Protocol):
+    """float16 (N, D) stored unit rows, of which blocks are read: an array, a map of a file, or `Reordered`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> Float16s: ...
+
+
 class _Block(NamedTuple):
     """Some rows of a cluster."""
 
@@ -51,7 +59,7 @@ class _Block(NamedTuple):
     unit: Float32s  # (B, D)
 
 
-def repeats(vec_ND: Float16s, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
+def repeats(vec_ND: VecRows, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
     """For each row, the largest cosine to any earlier row, kept or not, and the earliest row that has it.
 
     A float32 product finds the rows that can be nearest; those are compared as `vectors.row_cosine` does. The answer
@@ -87,7 +95,7 @@ def repeats(vec_ND: Float16s, block_rows: int = 1024) -> tuple[Float32s, NDArray
     return cos_N, best_N
 
 
-def greedy(vec_ND: Float16s, min_cos: float, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
+def greedy(vec_ND: VecRows, min_cos: float, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
     """As `repeats`, but compared with earlier kept rows only; a row is kept unless its cosine is above `min_cos`.
 
     Args:
@@ -142,7 +150,7 @@ def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
     return bucket_K
 
 
-def _block(vec_ND: Float16s, row_B: NDArray[np.int64]) -> _Block:
+def _block(vec_ND: VecRows, row_B: NDArray[np.int64]) -> _Block:
     vec_BD = np.asarray(vec_ND[row_B])
     return _Block(row_B, vec_BD, (vec_BD / norms(vec_BD)[:, None]).astype(np.float32))
 
@@ -152,7 +160,7 @@ def _nothing(rows: int) -> tuple[Float32s, NDArray[np.int64]]:
     return np.full(rows, -2, np.float32), np.full(rows, -1, np.int64)
 
 
-def _first_copies(vec_ND: Float16s, block_rows: int) -> NDArray[np.int64]:
+def _first_copies(vec_ND: VecRows, block_rows: int) -> NDArray[np.int64]:
     """Place of the first row with the same values, by digest so that no rows are held: int64, shape (N,)."""
     first_N = np.empty(len(vec_ND), np.int64)
     seen: dict[bytes, int] = {}
@@ -375,7 +383,7 @@ class Within:
 class Reordered:
     """Rows of an array (or of a map of a file) in another order, read when asked for."""
 
-    def __init__(self, vec_ND: Float16s, order_N: NDArray[np.int64]) -> None:
+    def __init__(self, vec_ND: VecRows, order_N: NDArray[np.int64]) -> None:
         self._vec_ND = vec_ND
         self._order_N = order_N
 
@@ -392,7 +400,7 @@ def _spilled(rows: Rows, spill: Path) -> tuple[pa.Table, Float16s]:
     with open(spill, "wb") as file:
         for piece in rows.pieces():
             vec_ND = unfixed(piece.column("vector"), np.float16)
-            file.write(np.ascontiguousarray(vec_ND))
+            file.write(vec_ND.tobytes())
             dims, count = vec_ND.shape[1], count + len(vec_ND)
             small.append(piece.drop_columns(["vector"]))
     return pa.concat_tables(small), np.memmap(spill, np.float16, "r", shape=(count, dims))

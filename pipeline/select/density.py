@@ -1,11 +1,27 @@
 """Density-based pruning: clusters and their sizes in, how many samples each cluster keeps out."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from pipeline.vectors import Bools, Float32s, Float64s, norms
+from pipeline.arrow import hexes
+from pipeline.cluster import Clustering, centroids_of, health, nobody, sums_of
+from pipeline.exact import taken
+from pipeline.machine import Machine
+from pipeline.parts import given, to_parquet
+from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.stage import Function, Made, Rows
+from pipeline.state import alive, drop, made
+from pipeline.step import RULE, Base, Keep, Outcome, Step, places_in
+from pipeline.vectors import Bools, Float32s, Float64s, draw, norms, ordered_bits
 
 CELLS = 2**22  # cosines held at a time: 32 MiB
 FUZZ = 1e-9  # of a sample: a real-valued quota nearer than this to an integer is that integer
@@ -139,3 +155,217 @@ def allocate(target_K: Float64s, low_K: NDArray[np.int64], high_K: NDArray[np.in
     remainder_K = np.where(fuzzy_K, 0, np.rint((real_K - quota_K) / FUZZ))
     quota_K[np.argsort(-remainder_K, kind="stable")[: total - int(quota_K.sum())]] += 1
     return quota_K
+
+
+@pydantic_dataclass(frozen=True, config=RULE)
+class Density:
+    """Cluster the survivors anew, share the budget by complexity, keep so many of each cluster.
+
+    Attributes:
+        space: vectors to cluster: MODEL (image) or MODEL.text.
+        clusters: K; at most as many as there are survivors.
+        keep: the budget.
+        neighbours: centroids in the mean of d_inter.
+        temperature: of the softmax over complexities; the lower, the more the complex clusters get.
+        of: what a fraction `keep` is of.
+        pick: hard keeps the rows farthest from their centroid, easy the nearest, random by hash.
+        floor: rows that each cluster keeps at least, where it has them; 0 if the budget does not reach for it.
+        sample_per_cluster, iterations, passes: as Clustering has them.
+    """
+
+    space: str
+    clusters: Annotated[int, Field(ge=1)]
+    keep: Keep
+    neighbours: Annotated[int, Field(ge=1)] = 20
+    temperature: Annotated[float | int, Field(gt=0)] = 0.1
+    of: Base = "survivors"
+    pick: Literal["hard", "easy", "random"] = "hard"
+    floor: Annotated[int, Field(ge=0)] = 1
+    sample_per_cluster: Annotated[int, Field(ge=1)] = 10_000
+    iterations: Annotated[int, Field(ge=1)] = 20
+    passes: Annotated[int, Field(ge=0)] = 2
+
+    def uses_columns(self) -> dict[str, pa.DataType]:
+        return {}
+
+    def apply(self, step: Step) -> Outcome:
+        if not step.survivors:
+            assigned, centroid = nobody(step)
+            empty = pa.table([[0], [0], *[[None]] * 5, [0]], schema=CLUSTERS)
+            return Outcome(step.state, assigned, {"centroids.npy": centroid, "clusters.parquet": to_parquet(empty)})
+        clustering = Clustering(self.clusters, self.sample_per_cluster, self.iterations, self.passes)
+        found = clustering.fit(step, self.space)
+        share = Share(self.neighbours, float(self.temperature), self.floor)
+        total = given([{"total": step.budget(self.keep, self.of)}])
+        table = step.run.map(share, found.sizes.grouped(len(found.sizes)), found.centroids, total)["clusters"]
+        rank = Rank(self.pick, step.seed, step.name)
+        rows = step.run.map(rank, found.assigned, step.samples, step.places)["ranked"]
+        cut = exact_cut(step.run, rows, table, 64 if self.pick == "random" else 32)
+        many = len(rows)
+        last = step.run.map(LastKept(), rows, cut.spread(many))["last"]
+        bounds = step.run.map(Bounds(found.k), last.grouped(many))["bounds"]
+        prune = Prune(step.number)
+        state = step.run.map(prune, step.state, rows, cut.spread(many), bounds.spread(many), step.samples)["state"]
+        clusters = step.run.rows(table.parts[0]).table()
+        files = {"centroids.npy": found.centroid_file(step), "clusters.parquet": to_parquet(clusters)}
+        figures = health(clusters.column("size").to_numpy(), found.objective) | next(table.facts())
+        return Outcome(state, found.assigned, files, figures)
+
+
+CLUSTERS = pa.schema(
+    [
+        ("cluster", pa.int32()),
+        ("size", pa.int64()),
+        ("d_intra", pa.float64()),
+        ("d_inter", pa.float64()),
+        ("complexity", pa.float64()),
+        ("probability", pa.float64()),
+        ("target", pa.float64()),
+        ("quota", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many rows each cluster keeps."""
+
+    neighbours: int
+    temperature: float
+    floor: int
+
+    name: ClassVar[str] = "density_share"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("clusters",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.share
+
+    def share(self, sizes: Rows, centroids: Rows, total: Rows) -> Made:
+        centroid_KD = centroids_of(centroids)
+        size_K, distance_K = sums_of(sizes, len(centroid_KD))
+        live_K, budget = size_K > 0, int(total.given["total"])
+        intra_K = np.divide(distance_K, size_K, out=np.full(len(size_K), np.nan), where=live_K)
+        inter_K = d_inter(centroid_KD, live_K, self.neighbours)
+        complexity_K = intra_K * inter_K
+        probability_K = softmax(complexity_K, self.temperature)
+        target_K = probability_K * budget
+        low_K = np.minimum(self.floor, size_K)
+        floor = self.floor if int(low_K.sum()) <= budget else 0
+        quota_K = allocate(target_K, np.minimum(floor, size_K), size_K, budget)
+        columns = (np.arange(len(size_K)), size_K, intra_K, inter_K, complexity_K, probability_K, target_K, quota_K)
+        arrays = [pa.array(c, f.type, from_pandas=True) for c, f in zip(columns, CLUSTERS, strict=True)]
+        facts = {
+            "floor": floor,
+            "capped": int((live_K & (quota_K == size_K)).sum()),
+            "complexity_min": float(np.nanmin(complexity_K)),
+            "complexity_median": float(np.nanmedian(complexity_K)),
+            "complexity_max": float(np.nanmax(complexity_K)),
+        }
+        return Made({"clusters": pa.table(arrays, schema=CLUSTERS)}, facts)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Every survivor of a group, in the order in which its cluster keeps rows."""
+
+    pick: str
+    seed: int
+    step: str
+
+    name: ClassVar[str] = "density_rank"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("ranked",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.rank
+
+    def rank(self, assigned: Rows, samples: Rows, place: Rows) -> Made:
+        table = assigned.table()
+        at_M, cluster_M, distance_M = (table.column(n).to_numpy() for n in ("at", "cluster", "distance"))
+        uid = samples.table(["uid"]).column("uid").combine_chunks().take(table.column("at"))
+        if self.pick == "random":
+            bits_M = draw(self.seed, self.step, [h or "" for h in hexes(uid)])
+        else:
+            bits_M = ordered_bits(distance_M) if self.pick == "easy" else ~ordered_bits(distance_M)
+        unit_N, row_N = places_in(samples, place)
+        return Made({"ranked": ranked(at_M, cluster_M, bits_M, uid, unit_N[at_M], row_N[at_M], distance_M)})
+
+
+@dataclass(frozen=True)
+class LastKept:
+    """The last row that each cluster keeps of a group."""
+
+    name: ClassVar[str] = "density_last"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("last",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.last
+
+    def last(self, rows: Rows, cut: Rows) -> Made:
+        table = rows.table()
+        kept = table.filter(pa.array(taken(cut_of(cut), *keys_of(table))))
+        return Made({"last": last_of_each(kept)})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The distance of the last row that each cluster keeps of all groups; null where it keeps none."""
+
+    k: int
+
+    name: ClassVar[str] = "density_bounds"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("bounds",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.bounds
+
+    def bounds(self, last: Rows) -> Made:
+        merged = None
+        for piece in last.pieces():
+            merged = last_of_each(piece if merged is None else pa.concat_tables([merged, piece]))
+        bound_K = np.full(self.k, np.nan)
+        if merged is not None:
+            bound_K[merged.column("group").to_numpy()] = merged.column("measure").to_numpy()
+        return Made({"bounds": pa.table({"distance": pa.array(bound_K, from_pandas=True)})})
+
+
+def last_of_each(rows: pa.Table) -> pa.Table:
+    """The row of the highest key in each group of `quota.ranked` rows, by group."""
+    group_M, keys = keys_of(rows)
+    order_M = np.lexsort((*keys.words[::-1], group_M))
+    ends = np.flatnonzero(np.diff(group_M[order_M], append=-1))
+    return rows.take(pa.array(order_M[ends]))
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Drop what is over its cluster's quota."""
+
+    number: int
+
+    name: ClassVar[str] = "density_prune"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.prune
+
+    def prune(self, state: Rows, rows: Rows, cut: Rows, bounds: Rows, samples: Rows) -> Made:
+        before, table = state.table(), rows.table()
+        at_M, group_M = table.column("at").to_numpy(), table.column("group").to_numpy()
+        bound_K = bounds.table().column("distance").to_numpy(zero_copy_only=False)
+        value_N, bound_N = np.full(before.num_rows, np.nan), np.full(before.num_rows, np.nan)
+        value_N[at_M], bound_N[at_M] = table.column("measure").to_numpy(), bound_K[group_M]
+        keep_N = np.zeros(before.num_rows, bool)
+        keep_N[at_M[taken(cut_of(cut), *keys_of(table))]] = True
+        value, bound = (pa.array(v, pa.float64(), from_pandas=True) for v in (value_N, bound_N))
+        after = drop(before, self.number, alive(before) & ~keep_N, "over_quota", value, bound)
+        return made(before, after, samples.lengths)

@@ -1,0 +1,315 @@
+"""Concepts: survivors' vectors in, centroids and each survivor's cluster out.
+
+FAISS on a sample chosen by hash, then exact passes over all units (methods.md 1.1, reliability.md 2): sums of stored
+float16 values are exact in float64, so the centroids are the same bits for any number of workers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import kmeans
+from pipeline.arrow import fixed, hexes, unfixed
+from pipeline.machine import Machine
+from pipeline.parts import Dataset
+from pipeline.stage import Function, Made, Rows
+from pipeline.state import alive
+from pipeline.step import Step
+from pipeline.vectors import draw
+
+SAMPLE_ROWS = 1 << 22
+"""Most vectors that k-means trains on, whatever the recipe asks for each cluster: 8.6 GB of float32 at 512 dims."""
+
+ASSIGNED = [("at", pa.uint32()), ("cluster", pa.int32()), ("distance", pa.float32())]
+"""Columns of an assignment: position in the group, cluster, 1 - cosine to its centroid."""
+
+DISTANCE_UNIT = 2.0**-40
+"""Distances are summed as whole multiples of this, so that the sum does not depend on its order."""
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """How a step clusters its survivors.
+
+    Attributes:
+        clusters: K; at most as many as there are survivors.
+        sample_per_cluster: rows that k-means trains on for each cluster, up to SAMPLE_ROWS in all.
+        iterations: of k-means on the sample.
+        passes: exact Lloyd passes over all survivors after it.
+    """
+
+    clusters: int
+    sample_per_cluster: int
+    iterations: int
+    passes: int
+
+    def fit(self, step: Step, space: str) -> Clusters:
+        """Cluster the survivors of a step; at least one."""
+        evidence, side = step.space(space)
+        k = min(self.clusters, step.survivors)
+        rows = min(k * self.sample_per_cluster, SAMPLE_ROWS)
+        fraction = min(1.0, rows / step.survivors)
+        drawn = step.run.map(Draw(side, step.seed, step.name, fraction), evidence, step.samples, step.state)["drawn"]
+        trained = step.run.map(Train(k, self.iterations, step.seed), drawn.grouped(len(drawn)))["centroids"]
+        centroids, objective = trained, next(trained.facts())["objective"]
+        for _ in range(self.passes):
+            spread = centroids.spread(len(step.state))
+            sums = step.run.map(Sum(side), evidence, step.state, spread)["sums"]
+            objective = [*objective, sum(f["distance"] for f in sums.facts()) / step.survivors]
+            centroids = step.run.map(Recentre(), sums.grouped(len(sums)), centroids)["centroids"]
+        spread = centroids.spread(len(step.state))
+        assigned = step.run.map(Assign(side), evidence, step.state, spread)["assigned"]
+        sizes = step.run.map(Measure(k), assigned)["sizes"]
+        return Clusters(k, centroids, assigned, sizes, objective)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Survivors and their clusters.
+
+    Attributes:
+        k: clusters.
+        centroids: one part: `vector`, float32 (K, D) unit rows.
+        assigned: for each group: `at` (position in the group), `cluster`, `distance` of every survivor.
+        sizes: for each group: `cluster`, `size`, and the sum of distances as `high` x 2^20 + `low` DISTANCE_UNITs.
+        objective: mean distance to the nearest centroid: by iteration on the sample, then before each exact pass.
+    """
+
+    k: int
+    centroids: Dataset
+    assigned: Dataset
+    sizes: Dataset
+    objective: list[float]
+
+    def centroid_file(self, step: Step) -> bytes:
+        """centroids.npy of the run directory."""
+        out = io.BytesIO()
+        np.save(out, centroids_of(step.run.rows(self.centroids.parts[0])))
+        return out.getvalue()
+
+
+def health(size_K: np.ndarray, objective: list[float]) -> dict[str, Any]:
+    """Plain figures that show whether a clustering is sane.
+
+    Args:
+        size_K: int64 (K,).
+        objective: mean distance by iteration.
+    """
+    live_L = np.sort(size_K[size_K > 0])
+    n, total = len(live_L), int(live_L.sum())
+    gini = float((2 * np.arange(1, n + 1) - n - 1) @ live_L / (n * total)) if total else 0.0
+    return {
+        "clusters": len(size_K),
+        "empty": int((size_K == 0).sum()),
+        "size_min": int(live_L[0]) if n else 0,
+        "size_median": float(np.median(live_L)) if n else 0.0,
+        "size_max": int(live_L[-1]) if n else 0,
+        "gini": round(gini, 6),
+        "objective": [round(v, 8) for v in objective],
+    }
+
+
+def centroids_of(rows: Rows) -> np.ndarray:
+    """float32 (K, D) of a centroids part."""
+    return unfixed(rows.table().column("vector"), np.float32)
+
+
+def sums_of(sizes: Rows, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (K,) sizes and float64 (K,) sums of distances over all groups, whatever their order."""
+    size_K = np.zeros(k, np.int64)
+    units = [0] * k
+    for piece in sizes.pieces():
+        cluster, size, high, low = (piece.column(name).to_pylist() for name in ("cluster", "size", "high", "low"))
+        for c, s, h, u in zip(cluster, size, high, low, strict=True):
+            size_K[c] += s
+            units[c] += (h << 20) + u
+    return size_K, np.array([u * DISTANCE_UNIT for u in units])
+
+
+def _centroids(centroid_KD: np.ndarray, facts: dict[str, Any]) -> Made:
+    return Made({"centroids": pa.table({"vector": fixed(centroid_KD)})}, facts)
+
+
+def _survivors(evidence: Rows, side: str, state: Rows) -> Any:
+    """For each unit of a group: the positions of its survivors in the group, and their stored vectors."""
+    alive_N = alive(state.table(["dropped_by"]))
+    first = 0
+    for piece in evidence.pieces([side]):
+        mine = np.flatnonzero(alive_N[first : first + piece.num_rows])
+        yield first + mine, unfixed(piece.column(side).take(pa.array(mine)), np.float16)
+        first += piece.num_rows
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sample of the survivors' vectors, chosen by the hash of their uids."""
+
+    side: str
+    seed: int
+    step: str
+    fraction: float
+
+    name: ClassVar[str] = "cluster_draw"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("drawn",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.draw
+
+    def draw(self, evidence: Rows, samples: Rows, state: Rows) -> Made:
+        uids = samples.table(["uid"]).column("uid")
+        below = math.floor(self.fraction * 2**64)
+        drawn = []
+        for at_M, vec_MD in _survivors(evidence, self.side, state):
+            if self.fraction < 1:
+                hash_M = draw(self.seed, self.step, [h or "" for h in hexes(uids.take(pa.array(at_M)))])
+                vec_MD = vec_MD[hash_M < np.uint64(below)]
+            drawn.append(fixed(vec_MD))
+        return Made({"drawn": pa.table({"vector": pa.chunked_array(drawn)})})
+
+
+@dataclass(frozen=True)
+class Train:
+    """Centroids by FAISS on the sample."""
+
+    k: int
+    iterations: int
+    seed: int
+
+    name: ClassVar[str] = "cluster_train"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("centroids",)
+    exact: ClassVar[bool] = False  # FAISS's float32 sums differ between processors
+
+    def build(self, machine: Machine) -> Function:
+        self_threads = machine.threads
+
+        def train(drawn: Rows) -> Made:
+            sample_MD = np.concatenate([unfixed(p.column("vector"), np.float16) for p in drawn.pieces()])
+            centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, self_threads)
+            return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})
+
+        return train
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Exact sums of a group's survivors by nearest centroid."""
+
+    side: str
+
+    name: ClassVar[str] = "cluster_sum"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("sums",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.sum
+
+    def sum(self, evidence: Rows, state: Rows, centroids: Rows) -> Made:
+        centroid_KD = centroids_of(centroids)
+        sum_KD, size_K, distance = np.zeros(centroid_KD.shape), np.zeros(len(centroid_KD), np.int64), 0.0
+        for _, vec_MD in _survivors(evidence, self.side, state):
+            cluster_M, distance_M = kmeans.nearest(vec_MD, centroid_KD)
+            partial_KD, partial_K = kmeans.partial_sums(vec_MD, cluster_M, len(centroid_KD))
+            sum_KD += partial_KD
+            size_K += partial_K
+            distance += float(distance_M.sum(dtype=np.float64))
+        return Made({"sums": pa.table({"sum": fixed(sum_KD), "size": pa.array(size_K)})}, {"distance": distance})
+
+
+@dataclass(frozen=True)
+class Recentre:
+    """New centroids from the sums of all groups."""
+
+    name: ClassVar[str] = "cluster_recentre"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("centroids",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.recentre
+
+    def recentre(self, sums: Rows, centroids: Rows) -> Made:
+        old_KD = centroids_of(centroids)
+        sum_KD, size_K = np.zeros(old_KD.shape), np.zeros(len(old_KD), np.int64)
+        for piece in sums.pieces():
+            sum_KD += unfixed(piece.column("sum"), np.float64)
+            size_K += piece.column("size").to_numpy()
+        return _centroids(kmeans.recentre(sum_KD, size_K, old_KD), {})
+
+
+@dataclass(frozen=True)
+class Assign:
+    """The nearest centroid of every survivor of a group."""
+
+    side: str
+
+    name: ClassVar[str] = "cluster_assign"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("assigned",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.assign
+
+    def assign(self, evidence: Rows, state: Rows, centroids: Rows) -> Made:
+        centroid_KD = centroids_of(centroids)
+        found = [(at, *kmeans.nearest(vec, centroid_KD)) for at, vec in _survivors(evidence, self.side, state)]
+        columns = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+        arrays = [pa.array(c, t) for c, (_, t) in zip(columns, ASSIGNED, strict=True)]
+        return Made({"assigned": pa.table(arrays, schema=pa.schema(ASSIGNED))})
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Size and exact sum of distances of each cluster that has members in a group."""
+
+    k: int
+
+    name: ClassVar[str] = "cluster_measure"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("sizes",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.measure
+
+    def measure(self, assigned: Rows) -> Made:
+        table = assigned.table(["cluster", "distance"])
+        cluster_M = table.column("cluster").to_numpy()
+        units_M = np.rint(table.column("distance").to_numpy().astype(np.float64) / DISTANCE_UNIT).astype(np.int64)
+        # bincount sums float64 weights; whole numbers below 2^53 are exact in it.
+        high_K = np.bincount(cluster_M, weights=units_M >> 20, minlength=self.k).astype(np.int64)
+        low_K = np.bincount(cluster_M, weights=units_M & (2**20 - 1), minlength=self.k).astype(np.int64)
+        size_K = np.bincount(cluster_M, minlength=self.k)
+        live = np.flatnonzero(size_K)
+        columns = {"cluster": live.astype(np.int32), "size": size_K[live], "high": high_K[live], "low": low_K[live]}
+        return Made({"sizes": pa.table({name: pa.array(values) for name, values in columns.items()})})
+
+
+@dataclass(frozen=True)
+class Nobody:
+    """The assignment of a step that no survivor enters: no rows."""
+
+    name: ClassVar[str] = "cluster_nobody"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("assigned",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return lambda state: Made({"assigned": pa.schema(ASSIGNED).empty_table()})
+
+
+def nobody(step: Step) -> tuple[Dataset, bytes]:
+    """Evidence of a clustering step without survivors: no rows, and one centroid that nothing is near."""
+    out = io.BytesIO()
+    np.save(out, np.ones((1, 1), np.float32))
+    return step.run.map(Nobody(), step.state)["assigned"], out.getvalue()

@@ -1,0 +1,276 @@
+"""Committed rows: files, parts and datasets, and how tables become bytes and come back, each checked by its digest.
+
+A file is one committed object. A part is the files that one task reads together. A dataset is the list of its parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from pipeline.errors import PairsieveError
+from pipeline.storage import Root
+
+INDEX = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
+"""One destination in the index of a shuffle file."""
+
+
+class DamagedPart(PairsieveError):
+    """A committed file does not hold the bytes that its receipt names."""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON of plain values that is the same in every process.
+
+    Raises:
+        TypeError: a value that JSON cannot hold (no default representation is ever used).
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """32 hex digits that stand for a plain value."""
+    return hashlib.sha256(canonical(value)).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class File:
+    """One committed object.
+
+    Attributes:
+        path: below the store's root.
+        sha256: hex digest of its bytes.
+        bytes: its length.
+        rows: rows of the table in it.
+        facts: canonical JSON of the facts that its stage found.
+        bucket: the destination to read of a shuffle file with `buckets` of them; None reads a plain file.
+    """
+
+    path: str
+    sha256: str
+    bytes: int
+    rows: int
+    facts: str = "{}"
+    buckets: int = 0
+    bucket: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files that one task reads together; `id` stands for their content, wherever they lie.
+
+    Attributes:
+        name: for messages: the unit's shard, or the first and last of a group.
+        files: in order.
+        given: canonical JSON of small values that the driver passes along, such as the ordinal of a unit.
+    """
+
+    name: str
+    files: tuple[File, ...]
+    given: str = "{}"
+
+    @cached_property
+    def id(self) -> str:
+        return digest([[[f.sha256, f.bucket] for f in self.files], self.given])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The finished output of a stage, in the order of its input.
+
+    Attributes:
+        stage: name of the stage that made it.
+        key: stands for what was asked: the stage's parameters and all it read.
+        parts: one for each unit, or group of units.
+    """
+
+    stage: str
+    key: str
+    parts: tuple[Part, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(f.rows for p in self.parts for f in p.files)
+
+    def facts(self) -> Iterator[dict[str, Any]]:
+        """The facts of every committed file, in order."""
+        for part in self.parts:
+            for file in part.files:
+                yield json.loads(file.facts)
+
+    def grouped(self, parts: int) -> Dataset:
+        """The same files, with so many consecutive parts read by one task."""
+        groups = [self.parts[i : i + parts] for i in range(0, len(self.parts), parts)]
+        return Dataset(
+            self.stage,
+            self.key,
+            tuple(Part(f"{g[0].name}..{g[-1].name}" if len(g) > 1 else g[0].name, _files(g)) for g in groups),
+        )
+
+    def spread(self, parts: int) -> Dataset:
+        """The one part of this dataset, read by each of so many tasks."""
+        (part,) = self.parts
+        return Dataset(self.stage, self.key, (part,) * parts)
+
+    def shuffled(self, buckets: int) -> Dataset:
+        """The same rows grouped by their column `to`: part i holds those that go to i, in the order of their origin.
+
+        Nothing is moved: a part is a range of each file (reliability.md 1i, "Work inside clusters").
+        """
+        files = _files(self.parts)
+        every = digest([f.sha256 for f in files])
+        return Dataset(
+            self.stage,
+            self.key,
+            tuple(
+                Bucket(f"{self.stage}[{i}]", tuple(File(**{**f.__dict__, "bucket": i}) for f in files), every)
+                for i in range(buckets)
+            ),
+        )
+
+
+def given(values: Sequence[dict[str, Any]]) -> Dataset:
+    """Small values as a dataset, one part each: what a stage is told about its place rather than asked for."""
+    return Dataset("given", "", tuple(Part("given", (), canonical(v).decode()) for v in values))
+
+
+@dataclass(frozen=True)
+class Bucket(Part):
+    """One destination of a shuffle; hashing all files once is enough for all destinations."""
+
+    every: str = ""
+
+    @cached_property
+    def id(self) -> str:
+        return digest([self.every, self.files[0].bucket if self.files else None])
+
+
+def _files(parts: Sequence[Part]) -> tuple[File, ...]:
+    return tuple(f for p in parts for f in p.files)
+
+
+def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:
+    """Parquet bytes that depend on the rows alone (for one pyarrow version).
+
+    Wide binary columns are vectors: they do not compress, and their minimum and maximum mean nothing.
+    """
+    wide = {f.name for f in table.schema if pa.types.is_fixed_size_binary(f.type) and f.type.byte_width > 32}
+    leaves = [c.path for c in _leaves(table.schema)]
+    out = io.BytesIO()
+    pq.write_table(
+        table,
+        out,
+        compression={leaf: "NONE" if leaf in wide else "ZSTD" for leaf in leaves} if leaves else "NONE",
+        use_dictionary=[leaf for leaf in leaves if leaf not in wide],
+        write_statistics=[leaf for leaf in leaves if leaf not in wide],
+        row_group_size=1 << 20,
+        store_schema=True,
+        bloom_filter_options={name: {"ndv": max(1, table.num_rows), "fpp": 0.01} for name in bloom} or None,
+    )
+    return out.getvalue()
+
+
+def _leaves(schema: pa.Schema) -> list[Any]:
+    out = io.BytesIO()
+    pq.write_table(schema.empty_table(), out)
+    parquet = pq.ParquetFile(io.BytesIO(out.getvalue())).schema
+    return [parquet.column(i) for i in range(len(parquet))]
+
+
+def to_shuffle(table: pa.Table, buckets: int) -> bytes:
+    """One blob of Arrow rows for each destination, then an index of where each lies and what it hashes to.
+
+    Args:
+        table: rows with an int32 column `to` in [0, buckets); it is not stored.
+        buckets: how many destinations there are.
+    """
+    to_N = table.column("to").to_numpy()
+    order_N = np.argsort(to_N, kind="stable")
+    rows = table.drop_columns(["to"]).take(pa.array(order_N))
+    ends = np.cumsum(np.bincount(to_N, minlength=buckets)) if len(to_N) else np.zeros(buckets, np.int64)
+    index = np.zeros(buckets, INDEX)
+    out = io.BytesIO()
+    first = 0
+    for bucket in np.flatnonzero(np.diff(ends, prepend=0)):
+        last = int(ends[bucket])
+        blob = _ipc(rows.slice(first, last - first))
+        index[bucket] = (out.tell(), len(blob), hashlib.sha256(blob).hexdigest().encode())
+        out.write(blob)
+        first = last
+    out.write(index.tobytes())
+    return out.getvalue()
+
+
+def _ipc(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table.combine_chunks())
+    return out.getvalue()
+
+
+class StoredRows:
+    """The committed rows of one part (stage.Rows)."""
+
+    def __init__(self, store: Root, part: Part) -> None:
+        self._store = store
+        self._part = part
+
+    @property
+    def facts(self) -> Sequence[dict[str, Any]]:
+        return [json.loads(f.facts) for f in self._part.files]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", json.loads(self._part.given))
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return [f.rows for f in self._part.files]
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        pieces = list(self.pieces(columns))
+        if len(pieces) == 1:
+            return pieces[0]
+        return pa.concat_tables(pieces) if pieces else pa.table({})
+
+    def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        for file in self._part.files:
+            if file.bucket is None:
+                data = self._store.read(file.path)
+                self._check(file.path, data, file.sha256)
+                yield pq.read_table(pa.BufferReader(data), columns=list(columns) if columns is not None else None)
+            elif (blob := self._bucket(file)) is not None:
+                table = pa.ipc.open_stream(blob).read_all()
+                yield table.select(list(columns)) if columns is not None else table
+
+    def _bucket(self, file: File) -> bytes | None:
+        assert file.bucket is not None
+        at = file.bytes - (file.buckets - file.bucket) * INDEX.itemsize
+        entry = np.frombuffer(self._store.read(file.path, at, at + INDEX.itemsize), INDEX)
+        if len(entry) != 1 or not 0 <= entry["start"][0] <= file.bytes or not 0 <= entry["bytes"][0] <= file.bytes:
+            raise DamagedPart(f"{file.path}: its index is damaged")
+        start, length = int(entry["start"][0]), int(entry["bytes"][0])
+        if not length:
+            return None
+        blob = self._store.read(file.path, start, start + length)
+        self._check(file.path, blob, entry["sha256"][0].decode())
+        return blob
+
+    def _check(self, path: str, data: bytes, expected: str) -> None:
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise DamagedPart(
+                f"{path}: its bytes do not match the digest in its receipt; delete it to have it made again"
+            )

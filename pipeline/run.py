@@ -1,0 +1,465 @@
+"""A run: a store of committed parts, an executor and a machine; and the verb `map` that finds or makes a dataset.
+
+`fit` is `map` over all parts as one (Dataset.grouped), `shuffle` is Dataset.shuffled: no verb of their own is needed.
+
+Commit protocol (reliability.md 1i). A part is keyed by what was asked: its stage, its parameters and the digests
+of what it reads. A worker builds the files of a part whole, publishes each under a name that holds its digest, creates
+the receipt once. The manifest of the dataset comes last. Readers read only what a receipt names, so a crash at any
+point leaves either a committed part or nothing that is ever looked at. Resume is a set difference of receipts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import RunError, SchemaError, UserError
+from pipeline.executor import Executor, Failure
+from pipeline.machine import Machine
+from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
+from pipeline.stage import Function, Made, Stage, Unit
+from pipeline.storage import Root, UnitFiles
+
+log = logging.getLogger(__name__)
+
+SEGMENT_PARTS = 4096
+"""Loose receipts of one stage that are compacted into one object (design.md, commit protocol)."""
+
+RECEIPTS = pa.schema([("key", pa.string()), ("receipt", pa.string())])
+
+Receipt = dict[str, Any]
+"""key; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; facts; content or null."""
+
+
+def stage_key(stage: Stage) -> str:
+    """Stands for a stage and all its parameters.
+
+    Raises:
+        TypeError: a parameter cannot be written as JSON.
+    """
+    return digest({"stage": stage.name, "version": stage.version, "parameters": _plain(stage)})
+
+
+def _plain(value: Any) -> Any:
+    """Nested dataclasses as plain values, each with its class's name: two rules may have the same fields."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"": type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part to make, or several of one unit by stages that share their work.
+
+    Attributes:
+        stages: the stages whose part is missing.
+        keys: the key of each part; None where it follows from the content of the unit's files (a first read).
+        unit: the shard to read, for stages that read the pool.
+        inputs: one part of each input dataset.
+        listing: memo of what the unit's files hold (their listing -> their digests); for a first read.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    keys: tuple[str | None, ...]
+    unit: Unit | None
+    inputs: tuple[Part, ...]
+    listing: str | None = None
+
+
+@dataclass(frozen=True)
+class PartWorker:
+    """Makes and commits parts, in any process on any host."""
+
+    store: str
+    machine: Machine
+
+    def open(self) -> Any:
+        return _Bench(self).do
+
+
+class _Bench:
+    """What a worker process keeps between tasks: the store, and the functions of the stages it built last."""
+
+    KEEP = 4
+
+    def __init__(self, worker: PartWorker) -> None:
+        self.machine = worker.machine
+        self.store = Root(worker.store, worker.machine.storage_options)
+        self.built: dict[str, Any] = {}
+
+    def do(self, task: Task) -> list[Receipt]:
+        if task.unit is None:
+            return self._make(task, task.keys, None)
+        with UnitFiles(task.unit, self.machine, hashing=task.listing is not None) as files:
+            if task.listing is None:
+                return self._make(task, task.keys, files)
+            content = {role: files.open(role).sha256 for role in sorted(task.unit.sources)}
+            keys = tuple(digest([stage_key(stage), content]) for stage in task.stages)
+            known = [read_receipt(self.store, stage, key) for stage, key in zip(task.stages, keys, strict=True)]
+            receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
+            self.store.create(_listed(task.listing), canonical(keys))
+            return receipts
+
+    def _make(
+        self, task: Task, keys: Sequence[str | None], files: UnitFiles | None, content: dict[str, str] | None = None
+    ) -> list[Receipt]:
+        rows = [StoredRows(self.store, part) for part in task.inputs]
+        function = self._function(task.stages)
+        made = function(*([files] if files else []), *rows)
+        results = made if isinstance(made, list) else [made]
+        return [
+            commit(self.store, stage, cast(str, key), task.name, result, content)
+            for stage, key, result in zip(task.stages, keys, results, strict=True)
+        ]
+
+    def _function(self, stages: tuple[Stage, ...]) -> Function:
+        key = digest([stage_key(stage) for stage in stages])
+        if key not in self.built:
+            while len(self.built) >= self.KEEP:
+                del self.built[next(iter(self.built))]
+            together = getattr(stages[0], "together", None)
+            self.built[key] = together(stages, self.machine) if together else stages[0].build(self.machine)
+        return cast(Function, self.built[key])
+
+
+def _listed(key: str) -> str:
+    return f"listed/{key[:2]}/{key}.json"
+
+
+def _receipt_path(stage: str, key: str) -> str:
+    return f"receipts/{stage}/{key[:2]}/{key}.json"
+
+
+def read_receipt(store: Root, stage: Stage, key: str) -> Receipt | None:
+    """The receipt of one part, or None where it is not committed."""
+    try:
+        return cast(Receipt, json.loads(store.read(_receipt_path(stage.name, key))))
+    except FileNotFoundError:
+        return None
+
+
+def commit(store: Root, stage: Stage, key: str, name: str, made: Made, content: dict[str, str] | None) -> Receipt:
+    """Publish the files of a part, then its receipt; the first receipt of a key wins.
+
+    Raises:
+        SchemaError: the stage returned other tables than it declares.
+        RunError: an exact stage gave other bytes than another attempt did.
+    """
+    if set(made.tables) != set(stage.outputs):
+        raise SchemaError(f"{stage.name}: made {sorted(made.tables)}, declares {sorted(stage.outputs)}")
+    files = {}
+    for output, table in sorted(made.tables.items()):
+        data = to_parquet(table) if made.buckets is None else to_shuffle(table, made.buckets)
+        sha256 = _sha256(data)
+        path = f"parts/{stage.name}/{key[:2]}/{key}-{output}-{sha256[:16]}"
+        store.write(path, data)
+        files[output] = {
+            "path": path,
+            "sha256": sha256,
+            "bytes": len(data),
+            "rows": table.num_rows,
+            "buckets": made.buckets or 0,
+        }
+    receipt: Receipt = {"key": key, "name": name, "files": files, "facts": made.facts, "content": content}
+    if store.create(_receipt_path(stage.name, key), canonical(receipt)):
+        return receipt
+    first = read_receipt(store, stage, key)
+    assert first is not None
+    for output, file in files.items():
+        if first["files"][output]["sha256"] != file["sha256"]:
+            if stage.exact:
+                raise RunError(f"{stage.name}: two attempts at {name} gave different bytes, though the stage is exact")
+            store.delete(file["path"])
+    return first
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Progress(Protocol):
+    """Told how far a stage is; shows it or not."""
+
+    def start(self, stage: str, done: int, total: int) -> None: ...
+
+    def advance(self, rows: int) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def start(self, stage: str, done: int, total: int) -> None:
+        return
+
+    def advance(self, rows: int) -> None:
+        return
+
+    def stop(self) -> None:
+        return
+
+
+@dataclass
+class Run:
+    """Where datasets are kept and who makes them.
+
+    Attributes:
+        store: root of the store; runs that share it share their parts.
+        executor: does the tasks.
+        machine: how fast.
+        progress: told about each stage.
+        times: one entry for each stage that had something to do: name, parts made, rows, seconds.
+        datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
+    """
+
+    store: Root
+    executor: Executor
+    machine: Machine
+    progress: Progress = field(default_factory=Quiet)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    datasets: list[tuple[str, str]] = field(default_factory=list)
+
+    def map(
+        self, stage: Stage, *inputs: Dataset, units: Sequence[Unit] | None = None, gpu: bool = False
+    ) -> dict[str, Dataset]:
+        """Find or make one part for each part of the inputs (or for each unit).
+
+        Args:
+            stage: what to compute.
+            inputs: datasets of equal length; part i of each goes into part i of the result.
+            units: the shards that the stage reads, in the same order.
+            gpu: whether a worker with a GPU is wanted.
+
+        Returns:
+            Output name -> dataset.
+
+        Raises:
+            UserError: a worker met a mistake of the user's.
+            RunError: parts that could not be made, each named with its cause; all others are committed.
+        """
+        return self.map_together([stage], *inputs, units=units, gpu=gpu)[0]
+
+    def map_together(
+        self, stages: Sequence[Stage], *inputs: Dataset, units: Sequence[Unit] | None = None, gpu: bool = False
+    ) -> list[dict[str, Dataset]]:
+        """`map` for several stages over the same parts; a unit that several of them miss is read once for all."""
+        keys = [[digest([stage_key(s), ids]) for ids in self._ids(inputs, units)] for s in stages]
+        names = _names(inputs, units)
+        receipts = [self._finished(stage, mine) for stage, mine in zip(stages, keys, strict=True)]
+        for at, stage in enumerate(stages):
+            if receipts[at] is None:
+                receipts[at] = self._committed(stage, keys[at])
+        found = [cast("dict[str, Receipt]", r) for r in receipts]
+
+        def tasks() -> Iterator[Task]:
+            for i, name in enumerate(names):
+                missing = [at for at in range(len(stages)) if keys[at][i] not in found[at]]
+                if missing:
+                    yield Task(
+                        name,
+                        tuple(stages[at] for at in missing),
+                        tuple(keys[at][i] for at in missing),
+                        units[i] if units else None,
+                        tuple(d.parts[i] for d in inputs),
+                    )
+
+        missing = sum(any(mine[i] not in got for mine, got in zip(keys, found, strict=True)) for i in range(len(names)))
+        if missing:
+            title = stages[0].name if len(stages) == 1 else f"{stages[0].name} x{len(stages)}"
+            stage_of = {key: at for at, mine in enumerate(keys) for key in mine}
+            for _, done in self._do(title, tasks(), len(names) - missing, len(names), gpu):
+                for receipt in done:
+                    found[stage_of[receipt["key"]]][receipt["key"]] = receipt
+        return [self._finish(s, mine, got, names) for s, mine, got in zip(stages, keys, found, strict=True)]
+
+    def read(self, stage: Stage, units: Sequence[Unit]) -> dict[str, Dataset]:
+        """`map` over the pool's files themselves, whose content is known only once they have been read.
+
+        A part is keyed by the content of the unit's files. What a listing (URL, length, etag) was found to hold is
+        remembered, so that a second run reads nothing, and a moved pool is hashed once and then recognised.
+        """
+        parameters = stage_key(stage)
+        listings = [
+            digest([parameters, {role: [s.url, s.bytes, s.etag] for role, s in u.sources.items()}]) for u in units
+        ]
+        keys: list[str | None] = self._listed(listings)
+        known = self._finished(stage, cast("list[str]", keys)) if all(keys) else None
+        known = self._committed(stage, [k for k in keys if k]) if known is None else known
+        todo = [i for i, k in enumerate(keys) if k is None or k not in known]
+        tasks = (Task(units[i].shard, (stage,), (None,), units[i], (), listings[i]) for i in todo)
+        if todo:
+            for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), False):
+                keys[todo[position]] = done[0]["key"]
+                known[done[0]["key"]] = done[0]
+            self.store.write(_listed(digest(listings)), canonical(keys))
+        return self._finish(stage, [cast(str, k) for k in keys], known, [u.shard for u in units])
+
+    def rows(self, part: Part) -> StoredRows:
+        """Read a small part on the driver, such as the result of a fit."""
+        return StoredRows(self.store, part)
+
+    def _ids(self, inputs: Sequence[Dataset], units: Sequence[Unit] | None) -> Iterator[list[Any]]:
+        lengths = {len(d) for d in inputs} | ({len(units)} if units is not None else set())
+        if len(lengths) != 1:
+            raise ValueError(f"inputs of different lengths: {sorted(lengths)}")
+        for i in range(lengths.pop()):
+            ids: list[Any] = [d.parts[i].id for d in inputs]
+            if units is not None:
+                ids.append(_pixels(inputs[0].parts[i]))
+            yield ids
+
+    def _finished(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt] | None:
+        """All receipts of a dataset from its manifest, or None where it was never finished."""
+        try:
+            data = self.store.read(_manifest(stage, keys))
+        except FileNotFoundError:
+            return None
+        return _unpack(data)
+
+    def _committed(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
+        """Receipts of those keys that are committed: compacted ones, and loose ones found by listing."""
+        wanted = set(keys)
+        found: dict[str, Receipt] = {}
+        if not wanted:
+            return found
+        for folder in (f"segments/{stage.name}", f"manifests/{stage.name}"):
+            for path in self.store.list(folder):
+                if len(found) == len(wanted):
+                    return found
+                found.update(_unpack(self.store.read(path), wanted))
+        for path in self.store.list(f"receipts/{stage.name}"):
+            key = path.rpartition("/")[2].removesuffix(".json")
+            if key in wanted and key not in found:
+                found[key] = json.loads(self.store.read(path))
+        return found
+
+    def _listed(self, listings: Sequence[str]) -> list[str | None]:
+        try:
+            return cast("list[str | None]", json.loads(self.store.read(_listed(digest(listings)))))
+        except FileNotFoundError:
+            have = set(self.store.list("listed"))
+        return [
+            json.loads(self.store.read(_listed(listing)))[0] if _listed(listing) in have else None
+            for listing in listings
+        ]
+
+    def _do(
+        self, title: str, tasks: Iterator[Task], done: int, total: int, gpu: bool
+    ) -> Iterator[tuple[int, list[Receipt]]]:
+        """Have tasks done; each result as it comes; at the end one error that names all that failed."""
+        log.info("%s: %d done, %d to do", title, done, total - done)
+        self.progress.start(title, done, total)
+        started, parts, rows = time.monotonic(), 0, 0
+        names: list[str] = []
+        loose: dict[str, list[Receipt]] = {}
+
+        def named() -> Iterator[Task]:
+            for task in tasks:
+                names.append(task.name)
+                yield task
+
+        failed: list[tuple[str, Failure]] = []
+        worker = PartWorker(self.store.url, self.machine)
+        try:
+            for position, result in self.executor.each(worker, named(), gpu=gpu):
+                if isinstance(result, Failure):
+                    failed.append((names[position], result))
+                    continue
+                parts += 1
+                made = sum(f["rows"] for r in result for f in r["files"].values())
+                rows += made
+                self.progress.advance(made)
+                for receipt in result:
+                    stage = next(iter(receipt["files"].values()))["path"].split("/")[1]
+                    loose.setdefault(stage, []).append(receipt)
+                    if len(loose[stage]) >= SEGMENT_PARTS:
+                        self._compact(stage, loose.pop(stage))
+                yield position, result
+        finally:
+            self.progress.stop()
+        seconds = time.monotonic() - started
+        self.times.append({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
+        log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
+        if failed:
+            raise _failure(title, failed)
+
+    def _compact(self, stage: str, receipts: list[Receipt]) -> None:
+        data = _pack(receipts)
+        self.store.write(f"segments/{stage}/{_sha256(data)[:32]}.parquet", data)
+        for receipt in receipts:
+            self.store.delete(_receipt_path(stage, receipt["key"]))
+
+    def _finish(
+        self, stage: Stage, keys: Sequence[str], found: dict[str, Receipt], names: Sequence[str]
+    ) -> dict[str, Dataset]:
+        path = _manifest(stage, keys)
+        if self.store.bytes(path) is None:
+            self.store.write(path, _pack([found[k] for k in dict.fromkeys(keys)]))
+        key = path.rpartition("/")[2].removesuffix(".parquet")
+        self.datasets.append((stage.name, key))
+        return {
+            output: Dataset(
+                stage.name, key, tuple(_part(n, found[k], output) for n, k in zip(names, keys, strict=True))
+            )
+            for output in stage.outputs
+        }
+
+
+def _manifest(stage: Stage, keys: Sequence[str]) -> str:
+    return f"manifests/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
+
+
+def _pack(receipts: Sequence[Receipt]) -> bytes:
+    rows = {"key": [r["key"] for r in receipts], "receipt": [canonical(r).decode() for r in receipts]}
+    return to_parquet(pa.table(rows, schema=RECEIPTS))
+
+
+def _unpack(data: bytes, wanted: set[str] | None = None) -> dict[str, Receipt]:
+    table = pq.read_table(io.BytesIO(data))
+    pairs = zip(table.column("key").to_pylist(), table.column("receipt").to_pylist(), strict=True)
+    return {k: json.loads(r) for k, r in pairs if wanted is None or k in wanted}
+
+
+def _part(name: str, receipt: Receipt, output: str) -> Part:
+    f = receipt["files"][output]
+    facts = receipt["facts"] | ({"content": receipt["content"]} if receipt["content"] else {})
+    file = File(f["path"], f["sha256"], f["bytes"], f["rows"], canonical(facts).decode(), f["buckets"])
+    return Part(name, (file,))
+
+
+def _pixels(part: Part) -> Any:
+    """What identifies the files behind a part of samples, less the sidecar: it holds no pixels and no vectors."""
+    content = json.loads(part.files[0].facts).get("content") or {}
+    return {role: sha256 for role, sha256 in content.items() if role != "sidecar"}
+
+
+def _names(inputs: Sequence[Dataset], units: Sequence[Unit] | None) -> list[str]:
+    return [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
+
+
+def _failure(title: str, failed: list[tuple[str, Failure]]) -> Exception:
+    first = next((f for _, f in failed if f.user), None)
+    if first:
+        return UserError(first.cause)
+    lines = [
+        f"{title}: {len(failed)} of its parts could not be made; the others are committed, a rerun tries only these"
+    ]
+    lines += [f"  {name}: {failure.cause}" for name, failure in failed[:20]]
+    return RunError("\n".join(lines + ([f"  and {len(failed) - 20} more"] if len(failed) > 20 else [])))

@@ -1,0 +1,1 @@
+"""Selection rules, one file each; recipe.py names them in its union of steps."""

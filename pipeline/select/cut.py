@@ -1,0 +1,166 @@
+"""cut: keep the samples of the highest score, so many or all above a bound. With a DFN's score this is DFN filtering.
+
+Source: DFN, arXiv:2309.17425 (top 15% of the pool); DataComp's clip_score baseline, exact instead of its n + 1
+(methods.md 4.1, 5.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+from pydantic import model_validator
+from pydantic.dataclasses import dataclass
+
+from pipeline import exact
+from pipeline.exact import last_value_bits, taken
+from pipeline.machine import Machine
+from pipeline.parts import Dataset, given
+from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.stage import Function, Made, Rows
+from pipeline.state import alive, drop, made
+from pipeline.step import RULE, Base, Keep, Outcome, Step, asked, places_in, table_numbers
+from pipeline.vectors import from_ordered_bits, ordered_bits
+
+
+@dataclass(frozen=True, config=RULE)
+class Cut:
+    """Keep the survivors of the highest score; rows without a finite score go first (`no_score`).
+
+    Attributes:
+        score: a model's name (its cosine), or `column:NAME` of the pool's metadata.
+        keep: how many, highest first, ties by the lower uid.
+        min: or the lowest score kept.
+        of: what a fraction `keep` is of.
+    """
+
+    score: str
+    keep: Keep | None = None
+    min: float | int | None = None
+    of: Base = "survivors"
+
+    @model_validator(mode="after")
+    def _one(self) -> Cut:
+        if (self.keep is None) == (self.min is None):
+            raise ValueError("cut needs one of keep and min")
+        return self
+
+    @property
+    def column(self) -> str | None:
+        """The pool's column that is the score, or None where it is a model's."""
+        return self.score.removeprefix("column:") if self.score.startswith("column:") else None
+
+    def uses_columns(self) -> dict[str, pa.DataType]:
+        return {self.column: pa.float64()} if self.column else {}
+
+    def apply(self, step: Step) -> Outcome:
+        if self.column:
+            step.check_column(self.column)
+        source = step.columns if self.column else step.evidence[self.score]
+        scored = step.run.map(Score(self.column), source, step.samples, step.state, step.places)["scored"]
+        if self.min is not None:
+            state = step.run.map(CutAt(step.number, float(self.min)), step.state, scored, step.samples)["state"]
+            return Outcome(state, files={"cut.json": _report(step.base(self.of), None, state, self.min)})
+        assert self.keep is not None
+        want = step.budget(self.keep, self.of)
+        cut = exact_cut(step.run, scored, given([{"quota": [want]}]), 64 if self.column else 32)
+        state = step.run.map(CutTop(step.number), step.state, scored, cut.spread(len(scored)), step.samples)["state"]
+        threshold = lowest_kept(cut_of(step.run.rows(cut.parts[0])))
+        asked_for = asked(self.keep, step.base(self.of))
+        return Outcome(state, files={"cut.json": _report(step.base(self.of), asked_for, state, threshold)})
+
+
+def _report(base: int, want: int | None, state: Dataset, threshold: float | None) -> bytes:
+    kept = sum(f["alive"] for f in state.facts())
+    return (json.dumps({"base": base, "asked": want, "kept": kept, "threshold": threshold}, indent=1) + "\n").encode()
+
+
+def lowest_kept(cut: exact.Cut) -> float | None:
+    """The score of the last row that the only group keeps; None where it keeps none."""
+    bits_K, known_K = last_value_bits(cut)
+    return float(from_ordered_bits(~bits_K)[0]) if known_K[0] else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The survivors that have a finite score, ranked highest first."""
+
+    column: str | None
+
+    name: ClassVar[str] = "cut_score"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("scored",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.score
+
+    def score(self, source: Rows, samples: Rows, state: Rows, place: Rows) -> Made:
+        if self.column:
+            score_N = np.concatenate([table_numbers(piece, self.column) for piece in source.pieces()])
+        else:
+            score_N = source.table(["score"]).column("score").to_numpy(zero_copy_only=False)  # float32, null is NaN
+        at_M = np.flatnonzero(alive(state.table(["dropped_by"])) & np.isfinite(score_N))
+        uid = samples.table(["uid"]).column("uid").combine_chunks().take(pa.array(at_M))
+        unit_N, row_N = places_in(samples, place)
+        zero_M = np.zeros(len(at_M), np.int32)
+        rows = ranked(at_M, zero_M, ~ordered_bits(score_N[at_M]), uid, unit_N[at_M], row_N[at_M], score_N[at_M])
+        return Made({"scored": rows})
+
+
+@dataclasses.dataclass(frozen=True)
+class CutTop:
+    """Drop what the exact cut leaves out."""
+
+    number: int
+
+    name: ClassVar[str] = "cut_top"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.cut
+
+    def cut(self, state: Rows, scored: Rows, cut: Rows, samples: Rows) -> Made:
+        table, limit = scored.table(), cut_of(cut)
+        return _cut(self.number, state, table, taken(limit, *keys_of(table)), lowest_kept(limit), samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class CutAt:
+    """Drop what scores below a fixed bound; compared in float64."""
+
+    number: int
+    min: float
+
+    name: ClassVar[str] = "cut_at"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.cut
+
+    def cut(self, state: Rows, scored: Rows, samples: Rows) -> Made:
+        table = scored.table()
+        return _cut(self.number, state, table, table.column("measure").to_numpy() >= self.min, self.min, samples)
+
+
+def _cut(
+    number: int, state: Rows, scored: pa.Table, keep_M: np.ndarray, threshold: float | None, samples: Rows
+) -> Made:
+    before = state.table()
+    at_M = scored.column("at").to_numpy()
+    value_N = np.full(before.num_rows, np.nan)
+    value_N[at_M] = scored.column("measure").to_numpy()
+    keep_N = np.zeros(before.num_rows, bool)
+    keep_N[at_M[keep_M]] = True
+    reason_N = pa.array(np.where(np.isnan(value_N), "no_score", "low_score"), pa.string())
+    value = pa.array(value_N, pa.float64(), from_pandas=True)
+    drop_N = alive(before) & ~keep_N
+    bound = pa.scalar(threshold, pa.float64())
+    return made(before, drop(before, number, drop_N, reason_N, value, bound), samples.lengths)

@@ -1,0 +1,83 @@
+"""Rules that look at one row at a time: list, filter, and a cut by a fixed score of the pool's own.
+
+Such a rule is a frozen dataclass with `build(machine)` that gives a function of one unit's samples and columns to a
+Verdict. Where such rules lead a recipe, the rows they drop are spared the embedding (embed.py calls the same function).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.arrow import valid
+from pipeline.machine import Machine
+from pipeline.parts import Dataset
+from pipeline.stage import Function, Made, Rows
+from pipeline.state import Verdict, alive, drop, made
+from pipeline.step import Step
+
+
+class RowRule(Protocol):
+    """The shape of a rule that judges rows one at a time."""
+
+    def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
+        """Load what is needed once per worker."""
+
+
+def judged(step: Step, rule: RowRule) -> Dataset:
+    """The state after a row rule."""
+    return step.run.map(Judge(step.number, rule), step.samples, step.columns, step.state)["state"]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Drop the survivors of a group that a row rule gives a reason for."""
+
+    number: int
+    rule: Any
+
+    name: ClassVar[str] = "judge"
+    version: ClassVar[int] = 1
+    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        judge = self.rule.build(machine)
+
+        def run(samples: Rows, columns: Rows, state: Rows) -> Made:
+            before = state.table()
+            verdicts = [judge(s, c) for s, c in zip(samples.pieces(), columns.pieces(), strict=True)]
+            alive_N = alive(before)
+            reason = pa.concat_arrays([v.reason for v in verdicts])
+            after = drop(
+                before,
+                self.number,
+                alive_N & valid(reason),
+                reason,
+                pa.concat_arrays([v.value for v in verdicts]),
+                pa.concat_arrays([v.threshold for v in verdicts]),
+            )
+            done = made(before, after, samples.lengths)
+            done.facts["overlap"] = overlap(verdicts, alive_N)
+            return done
+
+        return run
+
+
+def overlap(verdicts: list[Verdict], alive_N: np.ndarray) -> dict[str, int]:
+    """How many survivors fail each combination of a rule's conditions: `min_words+max_aspect` -> rows."""
+    names = list(dict.fromkeys(name for v in verdicts for name in v.failing))
+    if not names:
+        return {}
+    failing_NC = np.stack([np.concatenate([v.failing[name] for v in verdicts]) for name in names], axis=1)[alive_N]
+    sets, counts = np.unique(failing_NC, axis=0, return_counts=True)
+    found = Counter(
+        {"+".join(n for n, f in zip(names, row, strict=True) if f): int(c) for row, c in zip(sets, counts, strict=True)}
+    )
+    del found[""]
+    return dict(sorted(found.items()))
