@@ -32,6 +32,9 @@ CORE = pa.schema(
 )
 """What every layout's metadata is asked for; see `core`."""
 
+NO_COLUMN = "caption"
+"""The column of nulls that stands for rows without any: neither parquet nor Arrow's `take` counts rows of no column."""
+
 HEX_DIGITS = {"uid": 32, "sha256": 64}
 UNSAFE_CHARS = re.compile("[\0\ud800-\udfff]")
 
@@ -57,7 +60,7 @@ def open_parquet(path: str) -> pq.ParquetFile:
     if any(pattern in footer for pattern in _EXTENSION_PATTERNS):
         raise MetadataError("extension types are refused")
     try:
-        return pq.ParquetFile(path, memory_map=False, pre_buffer=False, arrow_extensions_enabled=False)
+        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, arrow_extensions_enabled=False)
     except (pa.ArrowException, OSError) as error:
         raise damage(error) from None
 
@@ -119,8 +122,12 @@ def plain(columns: pa.Table) -> pa.Table:
     Raises:
         pa.ArrowException: a column is damaged beyond its strings.
     """
-    first = {name: i for i, name in reversed(list(enumerate(columns.column_names)))}
-    return pa.table({name: _plain_column(columns.column(i)) for name, i in sorted(first.items(), key=lambda f: f[1])})
+    if not columns.num_columns:
+        return pa.table({NO_COLUMN: pa.nulls(len(columns), pa.string())})
+    columns = columns.select(sorted({columns.column_names.index(name) for name in columns.column_names}))
+    for i, name in enumerate(columns.column_names):
+        columns = columns.set_column(i, name, _plain_column(columns.column(i)))
+    return columns.replace_schema_metadata(None)
 
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -159,7 +166,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise MetadataError(f"JSON larger than {MAX_JSON_BYTES} bytes")
     try:
         text = data.decode("utf-8-sig")
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        value = _DECODER.decode(text)
     except UnicodeDecodeError:
         raise MetadataError("JSON is not UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -168,6 +175,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise MetadataError("JSON is not an object")
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH):
+        if not level:
+            break
         level = [child for parent in level for child in _children(parent) if isinstance(child, (dict, list))]
     if level:
         raise MetadataError(f"JSON nested deeper than {MAX_JSON_DEPTH} levels")
@@ -181,6 +190,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is not a finite number")
     return number
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _children(value: Any) -> Sequence[Any]:
@@ -206,13 +218,11 @@ def from_json(objects: Sequence[dict[str, Any] | None]) -> pa.Table:
 
     Returns:
         len(objects) rows; one column per field in the order first seen, at most 1024 (the `.json` member itself is
-        kept whole). A field that is null everywhere is a string column.
+        kept whole). A field that is null everywhere is a string column; without any field there is one, NO_COLUMN.
     """
-    names = list(dict.fromkeys(name for fields in objects if fields for name in fields))[:MAX_FIELDS]
-    columns = [_column([fields.get(name) if fields else None for fields in objects]) for name in names]
-    if not names:
-        return pa.table({"": pa.nulls(len(objects))}).select([])
-    return pa.table(columns, names=names)
+    fields_seen = dict.fromkeys(name for fields in objects if fields for name in fields)
+    names = list(fields_seen)[:MAX_FIELDS] or [NO_COLUMN]
+    return pa.table([_column([fields.get(name) if fields else None for fields in objects]) for name in names], names)
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -262,6 +272,12 @@ def core(columns: pa.Table) -> pa.Table:
     return pa.table(found, schema=CORE)
 
 
+def text_column(columns: pa.Table, name: str) -> pa.ChunkedArray | None:
+    """The column of this name in any case, as text; None without one. Nested values are null."""
+    found = next((i for i, other in enumerate(columns.column_names) if other.lower() == name), None)
+    return None if found is None else _strings(columns.column(found), None)
+
+
 def _strings(column: pa.ChunkedArray, hex_digits: int | None) -> pa.ChunkedArray:
     if pa.types.is_nested(column.type) or pa.types.is_null(column.type):
         return _nulls(len(column), pa.string())
@@ -298,11 +314,8 @@ def unify(tables: Sequence[pa.Table]) -> pa.Table:
     Returns:
         All rows in order; columns in the order first seen.
     """
-    rows = sum(len(table) for table in tables)
     names = list(dict.fromkeys(name for table in tables for name in table.column_names))
-    if not names:
-        return pa.table({"": pa.nulls(rows)}).select([])
-    return pa.table([_joined(name, tables) for name in names], names=names)
+    return pa.table([_joined(name, tables) for name in names], names)
 
 
 def _joined(name: str, tables: Sequence[pa.Table]) -> pa.ChunkedArray:

@@ -1,0 +1,214 @@
+import os
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.pool import Pool, expand_braces, list_units
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x" * len(name))
+    return folder
+
+
+def shards(format, path, options=None):
+    path = [str(p) for p in path] if isinstance(path, list) else str(path)
+    return [unit.shard for unit in list_units(Pool(format=format, path=path), options or {})]
+
+
+def roles(format, path):
+    return {unit.shard: sorted(unit.sources) for unit in list_units(Pool(format=format, path=str(path)), {})}
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    fs.rm("/pool_test", recursive=True) if fs.exists("/pool_test") else None
+    yield fs
+    fs.rm("/pool_test", recursive=True) if fs.exists("/pool_test") else None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "paths"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{08..11}.tar", ["08.tar", "09.tar", "10.tar", "11.tar"]),
+        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
+        ("{a,b}/{1..2}", ["a/1", "a/2", "b/1", "b/2"]),
+        ("{a,}x", ["ax", "x"]),
+        ("a{1}.tar", ["a{1}.tar"]),
+    ],
+)
+def test_braces_worked_by_hand(pattern, paths):
+    assert expand_braces(pattern) == paths
+
+
+@given(st.integers(0, 500), st.integers(0, 50), st.integers(1, 6))
+def test_a_range_counts_with_the_zeros_of_its_first_number(first, more, width):
+    last = first + more
+    expected = [f"x{n:0{width}d}" for n in range(first, last + 1)]
+    assert expand_braces(f"x{{{first:0{width}d}..{last}}}") == (
+        expected if width >= len(str(first)) else [f"x{n}" for n in range(first, last + 1)]
+    )
+
+
+def test_a_range_that_runs_backwards_is_refused():
+    with pytest.raises(UserError, match=r"pool.path: \{5\.\.4\} runs backwards"):
+        expand_braces("{5..4}.tar")
+
+
+def test_a_pattern_of_endless_names_is_refused_at_once():
+    with pytest.raises(UserError, match="names more than 5000000 files"):
+        expand_braces("{0..9999}/{0..99999999999999}.tar")
+
+
+@pytest.mark.parametrize("how", ["folder", "glob", "brace", "list", "url"])
+def test_every_way_to_name_the_same_shards_gives_the_same_units(tmp_path, how):
+    touch(tmp_path, "00000.tar", "00000.parquet", "00002.tar", "00002.parquet", "00002_stats.json")
+    path = {
+        "folder": str(tmp_path),
+        "glob": f"{tmp_path}/*.tar",
+        "brace": f"{tmp_path}/{{00000..00005}}.tar",
+        "list": [f"{tmp_path}/00000.tar", f"{tmp_path}/00002.tar"],
+        "url": f"file://{tmp_path}/0000?.tar",
+    }[how]
+    units = list_units(Pool(format="webdataset", path=path), {})
+    assert [(unit.shard, sorted(unit.sources)) for unit in units] == [
+        ("00000.tar", ["sidecar", "tar"]),
+        ("00002.tar", ["sidecar", "tar"]),
+    ]
+    status = os.stat(tmp_path / "00002.tar")
+    source = units[1].sources["tar"]
+    assert (source.url, source.bytes, source.etag) == (
+        str(tmp_path / "00002.tar"),
+        status.st_size,
+        str(status.st_mtime_ns),
+    )
+
+
+def test_shards_are_named_below_the_folder_that_all_share(tmp_path):
+    touch(tmp_path, "x/a/1.tar", "x/b/1.tar", "x/b/c/2.tar", "other/1.parquet")
+    assert shards("webdataset", tmp_path) == ["a/1.tar", "b/1.tar", "b/c/2.tar"]
+    assert shards("webdataset", tmp_path / "x/b/c/2.tar") == ["2.tar"]
+    assert shards("webdataset", [tmp_path / "x/b", tmp_path / "x/a"]) == ["b/1.tar", "b/c/2.tar", "a/1.tar"]
+
+
+def test_a_shared_beginning_of_names_is_no_shared_folder(tmp_path):
+    touch(tmp_path, "part1/0.tar", "part10/0.tar")
+    assert shards("webdataset", tmp_path) == ["part1/0.tar", "part10/0.tar"]
+
+
+def test_a_list_keeps_its_order_and_sorts_each_item(tmp_path):
+    touch(tmp_path, "b/2.tar", "b/1.tar", "a/9.tar")
+    assert shards("webdataset", [f"{tmp_path}/b/*.tar", f"{tmp_path}/a"]) == ["b/1.tar", "b/2.tar", "a/9.tar"]
+
+
+def test_hidden_and_foreign_files_are_no_shards(tmp_path):
+    touch(tmp_path, "1.tar", "._1.tar", ".tmp-9.parquet", "readme.txt", "1_stats.json", "3.tar.gz", "4.TAR")
+    assert shards("webdataset", tmp_path) == ["1.tar", "3.tar.gz"]
+
+
+def test_a_glob_of_one_suffix_does_not_take_the_other(tmp_path):
+    touch(tmp_path, "1.tar", "1.tar.gz", "1.parquet")
+    assert roles("webdataset", tmp_path / "*.tar") == {"1.tar": ["sidecar", "tar"]}
+
+
+def test_datacomp_finds_arrays_and_tars_by_stem(tmp_path):
+    touch(tmp_path, "m/a.parquet", "m/a.npz", "m/b.parquet", "m/b.tar", "m/c.npz")
+    expected = {"a.parquet": ["npz", "sidecar"], "b.parquet": ["sidecar", "tar"]}
+    assert roles("datacomp", tmp_path) == roles("datacomp", tmp_path / "m/*.parquet") == expected
+    assert roles("datacomp", tmp_path / "m/{a,b,z}.parquet") == expected
+
+
+def test_datacomp_joins_folders_of_metadata_and_shards_by_stem(tmp_path):
+    touch(tmp_path, "metadata/0.parquet", "metadata/0.npz", "shards/0.tar", "shards/0.parquet", "shards/1.tar")
+    expected = {"0.parquet": ["npz", "sidecar", "tar"]}
+    assert roles("datacomp", tmp_path) == roles("datacomp", tmp_path / "metadata/*.parquet") == expected
+    unit = list_units(Pool(format="datacomp", path=str(tmp_path)), {})[0]
+    assert unit.sources["sidecar"].url.endswith("metadata/0.parquet")
+
+
+def test_commonpool_whose_shards_have_other_names_is_metadata_alone(tmp_path):
+    touch(tmp_path, "metadata/ab.parquet", "metadata/ab.npz", "shards/00000000.tar", "shards/00000000.parquet")
+    assert roles("datacomp", tmp_path) == {"ab.parquet": ["npz", "sidecar"]}
+
+
+def test_clip_retrieval_joins_folders_by_number(tmp_path):
+    touch(tmp_path, *(f"{n}/{n}_{i}.npy" for n in ("img_emb", "text_emb") for i in ("00", "01")))
+    touch(tmp_path, "metadata/metadata_00.parquet", "metadata/metadata_01.parquet", "metadata/metadata_02.parquet")
+    (tmp_path / "text_emb/text_emb_01.npy").unlink()
+    assert roles("clip_retrieval", tmp_path) == {
+        "metadata_00.parquet": ["img_emb", "metadata", "text_emb"],
+        "metadata_01.parquet": ["img_emb", "metadata"],
+        "metadata_02.parquet": ["metadata"],
+    }
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    touch(tmp_path, "1.tar")
+    for path in (f"{tmp_path}/2.tar", [f"{tmp_path}/1.tar", f"{tmp_path}/2.tar"], f"{tmp_path}/no/such"):
+        with pytest.raises(UserError, match=r"pool.path: .*(2\.tar|such) does not exist"):
+            shards("webdataset", path)
+
+
+@pytest.mark.parametrize("path", ["*.tar", "{0..3}.tar", "", "b.parquet"])
+def test_a_pool_without_a_shard_is_refused(tmp_path, path):
+    touch(tmp_path, "b.parquet")
+    with pytest.raises(UserError, match=r"pool.path: no webdataset shard found in "):
+        shards("webdataset", f"{tmp_path}/{path}")
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(UserError, match=r"pool\.path: an empty list"):
+        shards("webdataset", [])
+
+
+def test_a_shard_listed_twice_is_refused(tmp_path):
+    touch(tmp_path, "1.tar")
+    with pytest.raises(UserError, match=r"1\.tar is listed twice"):
+        shards("webdataset", [f"{tmp_path}/1.tar", f"{tmp_path}/*.tar"])
+
+
+@pytest.mark.parametrize("path", ["pipe:cat x.tar", "zip://a.tar::file://b.zip", "ssh://host/a.tar", "data:x,y"])
+def test_commands_chains_and_other_protocols_are_refused(path):
+    with pytest.raises(UserError):
+        shards("webdataset", path)
+
+
+def test_a_recipe_with_unknown_keys_or_formats_is_refused():
+    with pytest.raises(ValidationError):
+        Pool(format="zip", path="x")
+    with pytest.raises(ValidationError):
+        Pool(format="webdataset", path="x", glob="y")
+
+
+@pytest.mark.parametrize(
+    "path", ["memory://pool_test", "memory://pool_test/*/*.tar", "memory:///pool_test/{a,b}/0.tar"]
+)
+def test_object_stores_are_listed_without_reading(memory, path):
+    memory.pipe({"/pool_test/a/0.tar": b"1", "/pool_test/b/0.tar": b"22", "/pool_test/b/0.parquet": b"333"})
+    units = list_units(Pool(format="webdataset", path=path), {})
+    assert [unit.shard for unit in units] == ["a/0.tar", "b/0.tar"]
+    assert {role: source.bytes for role, source in units[1].sources.items()} == {"tar": 2, "sidecar": 3}
+    assert all(memory.cat_file(unit.sources["tar"].url) for unit in units)
+    assert units[0].sources["tar"].etag
+
+
+def test_a_rewritten_file_has_another_etag(tmp_path, memory):
+    touch(tmp_path, "1.tar")
+    memory.pipe("/pool_test/1.tar", b"1")
+    for folder, rewrite in (
+        (str(tmp_path), lambda: os.utime(tmp_path / "1.tar", ns=(1, 1))),
+        ("memory://pool_test", lambda: memory.pipe("/pool_test/1.tar", b"2")),
+    ):
+        pool = Pool(format="webdataset", path=folder)
+        before = list_units(pool, {})
+        assert list_units(pool, {}) == before
+        rewrite()
+        assert list_units(pool, {})[0].sources["tar"].etag != before[0].sources["tar"].etag
