@@ -1,0 +1,424 @@
+"""CLIP models through open_clip: which weights are meant, what a machine really computes with, and the two towers.
+
+In: an architecture and weights as a recipe names them; decoded images and captions. Out: float32 vectors, not yet of
+unit length. The only module beside train.py that imports torch or open_clip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import TextTransformer
+from PIL import Image
+from safetensors import SafetensorError
+
+from pipeline import tiny
+from pipeline.config import nearest
+from pipeline.errors import UserError
+from pipeline.images import MAX_PIXELS
+from pipeline.machine import Machine
+from pipeline.vectors import Float32s, Uint8s
+
+log = logging.getLogger(__name__)
+
+HUB = "hf-hub:"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+CHARS_PER_TOKEN = 64
+"""Characters of a caption that are tokenized, per token of context. No token of open_clip's vocabulary is longer than
+32, so the cut shows only in captions that are mostly spaces; a word of a megabyte would take the tokenizer hours."""
+CACHED_WORDS = 1_000_000
+"""Words whose tokens open_clip's tokenizer may remember before it starts anew: it never forgets one by itself."""
+OPEN_CLIP_PRECISION = {"float32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+DTYPE = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One model's weights, found and on the local disk.
+
+    Attributes:
+        arch: open_clip's name of the architecture, or `hf-hub:org/name` where the hub says it.
+        source: what gave them: `tiny`, a pretrained tag, `hf-hub:org/name`, or `file`.
+        path: the local file.
+        sha256: hex digest of that file.
+        quick_gelu: whether the activation is forced to QuickGELU, because the tag was trained so and the architecture's
+            config does not say so. Scores shift silently otherwise (methods.md 4.3).
+    """
+
+    arch: str
+    source: str
+    path: str
+    sha256: str
+    quick_gelu: bool = False
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What the forward pass is computed with; all of it but `device` belongs to the key of embeddings.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        precision: `float32`, `bf16` or `fp16`.
+        kind: processor features or GPU model, and torch's version.
+    """
+
+    device: str
+    precision: str
+    kind: str
+
+
+def resolve(arch: str | None, weights: str) -> Weights:
+    """Find the weights that a recipe names, downloading them where need be.
+
+    Args:
+        arch: open_clip's name of an architecture; None for `tiny` and `hf-hub:`, which bring theirs.
+        weights: `tiny`, `hf-hub:org/name`, a local .safetensors, .pt, .pth or .bin file, or a pretrained tag of `arch`.
+
+    Raises:
+        UserError: no such architecture, tag or file, or they cannot be downloaded; the message names the nearest known.
+    """
+    if weights == "tiny":
+        if arch is not None:
+            raise UserError("arch: weights 'tiny' bring their own, leave it out")
+        open_clip.add_model_config(tiny.CONFIG)
+        return _weights(tiny.ARCH, "tiny", str(tiny.WEIGHTS))
+    name = None if arch is None else arch.replace("/", "-")
+    if name is not None and name not in open_clip.list_models():
+        raise UserError(f"arch: open_clip has no architecture {arch!r}{nearest(name, open_clip.list_models())}")
+    if weights.startswith(HUB):
+        path = _downloaded(weights, lambda: str(open_clip.download_pretrained_from_hf(weights.removeprefix(HUB))))
+        config = _downloaded(weights, lambda: open_clip.get_model_config(weights))
+        if name is not None and not _same_shape(config, open_clip.get_model_config(name)):
+            raise UserError(f"arch: {weights} is no {name}; leave arch out, the hub says what it is")
+        return _weights(weights, weights, path)
+    if name is None:
+        raise UserError(f"arch: required for weights {weights!r}")
+    if weights.endswith(SUFFIXES):
+        if not Path(weights).is_file():
+            raise UserError(f"weights: there is no file {weights!r}")
+        return _weights(name, "file", weights)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights not in tags:
+        what = "is neither a tag" if "/" not in weights else f"is no {', '.join(SUFFIXES)} file, and no tag"
+        known = nearest(weights, tags) or "; it has none, so give a file"
+        raise UserError(f"weights: {weights!r} {what} of {name}{known}")
+    tagged = open_clip.get_pretrained_cfg(name, weights)
+    path = _downloaded(weights, lambda: str(open_clip.download_pretrained(tagged)))
+    quick_gelu = bool(tagged.get("quick_gelu")) and not open_clip.get_model_config(name).get("quick_gelu")
+    return _weights(name, weights, path, quick_gelu)
+
+
+def _same_shape(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two model configs agree in the length of their vectors and in all that both say of the image tower."""
+    vision = other["vision_cfg"]
+    return bool(one["embed_dim"] == other["embed_dim"]) and all(
+        vision.get(key, value) == value for key, value in one["vision_cfg"].items()
+    )
+
+
+def _downloaded(weights: str, download: Callable[[], T]) -> T:
+    try:
+        return download()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).split("Last error: ")[-1]
+        raise UserError(
+            f"weights: {weights!r} could not be downloaded, and are not in the local cache ({reason[:300]}). "
+            "Without a network, give a local .safetensors or .pt file"
+        ) from None
+
+
+def _weights(arch: str, source: str, path: str, quick_gelu: bool = False) -> Weights:
+    if not path.endswith(SUFFIXES):
+        raise UserError(f"weights: {path!r}: only {', '.join(SUFFIXES)} files are loaded")
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.sha256()
+            while block := file.read(1 << 20):
+                sha256.update(block)
+    except OSError as error:
+        raise UserError(f"weights: {path!r}: cannot be read: {error.strerror}") from None
+    return Weights(arch, source, path, sha256.hexdigest(), quick_gelu)
+
+
+def numerics(machine: Machine) -> Numerics:
+    """What this worker will really compute with.
+
+    Raises:
+        UserError: the machine file demands a device or a precision that is not there.
+    """
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("machine.device: cuda is demanded, but torch finds no GPU on this host")
+    if machine.device != "cpu" and torch.cuda.is_available():
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        kind = f"{torch.cuda.get_device_name()} torch {torch.__version__}"
+        return Numerics("cuda", best if machine.precision == "auto" else machine.precision, kind)
+    if machine.precision == "fp16":
+        raise UserError("machine.precision: fp16 needs a GPU; a processor has bf16 or float32")
+    fast = sorted(CPU_BF16 & _cpu_flags())
+    version = torch.__version__.split("+")[0]  # of the CUDA build a processor takes no notice
+    kind = " ".join(["cpu", torch.backends.cpu.get_cpu_capability().lower(), *fast, "torch", version])
+    best = "bf16" if fast else "float32"
+    return Numerics("cpu", best if machine.precision == "auto" else machine.precision, kind)
+
+
+def _cpu_flags() -> set[str]:
+    """Features of the processor as Linux names them; elsewhere none are known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The part of a model's transform that makes pixels of the right size; equal framings share their frames.
+
+    Attributes:
+        size: height and width of the frame, px.
+        interpolation: open_clip's word: bicubic, bilinear or random (which means bicubic).
+        resize_mode: open_clip's word: shortest, longest or squash.
+        fill_color: of the padding, for `longest`.
+    """
+
+    size: tuple[int, int]
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+
+    def build(self) -> Callable[[Image.Image], Uint8s]:
+        """open_clip's own transform but for its last two steps (to tensor, normalise).
+
+        Returns:
+            A function from an image of any mode to uint8, shape (height, width, 3); safe in threads. It raises
+            ValueError for an image so thin that nothing of it is left.
+        """
+        transform = image_transform_v2(
+            PreprocessCfg(
+                size=self.size,
+                interpolation=self.interpolation,
+                resize_mode=self.resize_mode,
+                fill_color=self.fill_color,
+            ),
+            is_train=False,
+        )
+        steps = transform.transforms[:-2]
+
+        def frame(image: Image.Image) -> Uint8s:
+            if self.resize_mode == "shortest":
+                image = _shortened(image, max(self.size))
+            if isinstance(image.info.get("transparency"), bytes):
+                del image.info["transparency"]  # Pillow would only remark that RGB cannot hold it
+            for step in steps:
+                image = step(image)
+            return np.asarray(image)
+
+        return frame
+
+
+def _shortened(image: Image.Image, side: int) -> Image.Image:
+    """The middle of an image whose shorter side cannot be scaled to `side` px within MAX_PIXELS; any other as it is."""
+    width, height = image.size
+    short = min(width, height)
+    if max(width, height) * side * side <= MAX_PIXELS * short:
+        return image
+    left, top = max(0, (width - 4 * short) // 2), max(0, (height - 4 * short) // 2)
+    return image.crop((left, top, min(width, left + 4 * short), min(height, top + 4 * short)))
+
+
+class Encoder:
+    """Both towers of one model on this worker's device, loaded once and used for any number of units.
+
+    Attributes:
+        dims: D, the length of its vectors.
+        framing: how its images are cut.
+        halved: batches that did not fit into memory and were halved, since the encoder was made.
+    """
+
+    def __init__(self, weights: Weights, numerics: Numerics, threads: int) -> None:
+        """Load the weights.
+
+        Args:
+            weights: what `resolve` found.
+            numerics: device and precision.
+            threads: of the numeric kernels, for the whole process.
+
+        Raises:
+            UserError: the file is damaged, holds more than weights, or does not fit the architecture.
+        """
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = torch.device(numerics.device)
+        self.dtype = DTYPE[numerics.precision]
+        self.model = _load(weights, OPEN_CLIP_PRECISION[numerics.precision], self.device)
+        self.tokenizer = _tokenizer(weights)
+        self.halved = 0
+        config = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        size = config.size if isinstance(config.size, int) else tuple(config.size)
+        self.framing = Framing(
+            (size, size) if isinstance(size, int) else size, config.interpolation, config.resize_mode, config.fill_color
+        )
+        self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
+        self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
+        self.causal_mask = _causal_mask(self.model.text)
+        self.dims = int(self._text_forward(self._tokens([""])).shape[1])
+
+    @torch.inference_mode()
+    def images(self, frames_BHWC: Uint8s) -> Callable[[], Float32s]:
+        """Start the image tower on one batch.
+
+        Args:
+            frames_BHWC: uint8, shape (B, height, width, 3), made by `framing`.
+
+        Returns:
+            A function that waits for the result: float32, shape (B, D).
+        """
+        frames = torch.from_numpy(frames_BHWC)
+        if self.device.type == "cuda":
+            frames = frames.pin_memory()
+        vec_BD = self._in_halves(self._image_forward, frames)
+        return lambda: vec_BD.cpu().numpy()
+
+    def _image_forward(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
+        pixels = frames_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        vec_BD: torch.Tensor = self.model.encode_image(pixels.to(self.dtype))
+        return vec_BD.float()
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str], batch: int) -> Float32s:
+        """Vectors of captions; equal captions go through the tower once.
+
+        Captions of similar length share a batch, which ends with the last token that any of them needs: a causal tower
+        gives the same vector as at full length.
+
+        Args:
+            captions: any text.
+            batch: captions of one forward pass.
+
+        Returns:
+            float32, shape (len(captions), D).
+        """
+        if not captions:
+            return np.empty((0, self.dims), np.float32)
+        distinct, inverse = np.unique(np.array(captions, object), return_inverse=True)
+        tokens_ML = self._tokens(distinct.tolist())
+        length_M = self._lengths(tokens_ML)
+        order = np.argsort(length_M, kind="stable")
+        parts = []
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            tokens = tokens_ML[torch.from_numpy(rows), : int(length_M[rows].max())]
+            parts.append(self._in_halves(self._text_forward, tokens))
+        vec_MD = np.concatenate([part.cpu().numpy() for part in parts])
+        return vec_MD[np.argsort(order)[inverse]]
+
+    @torch.inference_mode()
+    def _text_forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        if self.causal_mask is not None:
+            length = tokens_BL.shape[1]
+            self.model.text.attn_mask = self.causal_mask[:length, :length]
+        vec_BD: torch.Tensor = self.model.encode_text(tokens_BL.to(self.device))
+        return vec_BD.float()
+
+    def _tokens(self, captions: list[str]) -> torch.Tensor:
+        """int64 (M, L) tokens, at the full context length L."""
+        if len(getattr(self.tokenizer, "cache", ())) > CACHED_WORDS:
+            self.tokenizer.cache = {word: word for word in ("<start_of_text>", "<end_of_text>")}
+        chars = CHARS_PER_TOKEN * (self.tokenizer.context_length or 77)
+        tokens_ML: torch.Tensor = self.tokenizer([caption[:chars] for caption in captions])
+        return tokens_ML
+
+    def _lengths(self, tokens_ML: torch.Tensor) -> NDArray[np.int64]:
+        """int64 (M,): leading tokens that the vector of a caption depends on."""
+        if self.causal_mask is None:
+            return np.full(len(tokens_ML), tokens_ML.shape[1])
+        text = self.model.text
+        end = tokens_ML.argmax(1) if text.pool_type == "argmax" else (tokens_ML == text.eos_id).int().argmax(1)
+        return end.numpy() + 1
+
+    def _in_halves(self, forward: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        parts = in_halves(forward, batch)
+        self.halved += len(parts) - 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def in_halves(forward: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> list[torch.Tensor]:
+    """Results of a forward pass over a batch, in one part or, where memory does not suffice, in as many as it takes.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: not even one row fits; or what else `forward` raises.
+    """
+    try:
+        return [forward(batch)]
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not _out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # outside of the handler, which keeps the failed pass's tensors alive
+    log.warning("a batch of %d does not fit into memory and is halved", len(batch))
+    half = len(batch) // 2
+    return in_halves(forward, batch[:half]) + in_halves(forward, batch[half:])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _load(weights: Weights, precision: str, device: torch.device) -> Any:
+    """The model, ready to infer. With a text tower of its own, so that it can be run at less than full length."""
+    hub = weights.arch.startswith(HUB)
+    transform = dict(open_clip.get_pretrained_cfg(weights.arch, weights.source))
+    transform.pop("size", None)  # the architecture's
+    try:
+        model = open_clip.create_model(
+            weights.arch,
+            pretrained=None if hub else weights.path,
+            precision=precision,
+            device=device,
+            force_custom_text=True,
+            force_quick_gelu=weights.quick_gelu,
+            force_preprocess_cfg=transform,
+            require_pretrained=True,
+            weights_only=True,
+        )
+    except pickle.UnpicklingError:
+        raise UserError(f"weights: {weights.path!r}: holds more than weights; it was not loaded") from None
+    except ImportError as error:
+        raise UserError(f"arch: {weights.arch} needs a package that is not installed: {error.name}") from None
+    except (RuntimeError, OSError, ValueError, KeyError, EOFError, StopIteration, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"weights: {weights.path!r}: cannot be loaded as {weights.arch}: {reason}") from None
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def _tokenizer(weights: Weights) -> Any:
+    bpe = {"bpe_path": str(tiny.BPE)} if weights.source == "tiny" else {}
+    try:
+        return open_clip.get_tokenizer(weights.arch, **bpe)
+    except ImportError as error:
+        raise UserError(f"arch: {weights.arch} needs a package that is not installed: {error.name}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"arch: the tokenizer of {weights.arch} cannot be loaded: {error}") from None
+
+
+def _causal_mask(text: Any) -> torch.Tensor | None:
+    """The mask of a tower whose vector depends on nothing after its end-of-text token; None for any other."""
+    if type(text) is not TextTransformer or text.cls_emb is not None or text.pool_type not in ("argmax", "eos"):
+        return None
+    mask: torch.Tensor | None = text.attn_mask
+    return mask
