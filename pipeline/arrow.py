@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 
 def fixed(rows: np.ndarray, valid_N: np.ndarray | None = None) -> pa.FixedSizeBinaryArray:
@@ -51,3 +52,13 @@ def valid(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 def hexes(column: pa.ChunkedArray | pa.Array) -> list[str | None]:
     """Lower-case hex text of binary values, None for null."""
     return [None if v is None else v.hex() for v in column.to_pylist()]
+
+
+def hex_column(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Lower-case hex text of fixed-size binary values, null for null."""
+    array = pa.chunked_array([column]).combine_chunks() if isinstance(column, pa.Array) else column.combine_chunks()
+    raw = unfixed(array, np.uint8)
+    text = pa.py_buffer(raw.tobytes().hex().encode())
+    offsets = np.arange(len(raw) + 1, dtype=np.int64) * 2 * raw.shape[1]
+    texts = pa.LargeStringArray.from_buffers(len(raw), pa.py_buffer(offsets), text).cast(pa.string())
+    return pc.if_else(array.is_valid(), texts, pa.scalar(None, pa.string()))

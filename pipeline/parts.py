@@ -120,6 +120,11 @@ class Dataset:
             tuple(Part(f"{g[0].name}..{g[-1].name}" if len(g) > 1 else g[0].name, _files(g)) for g in groups),
         )
 
+    def joined(self, ranges: Sequence[range]) -> Dataset:
+        """A part for each range of parts, which may overlap: the files of all parts in it."""
+        found = [self.parts[r.start : r.stop] for r in ranges]
+        return Dataset(self.stage, self.key, tuple(Part(f[0].name, _files(f)) for f in found))
+
     def spread(self, parts: int) -> Dataset:
         """The one part of this dataset, read by each of so many tasks."""
         (part,) = self.parts

@@ -135,11 +135,11 @@ class Recipe:
         for at, (name, rule) in enumerate(self.select):
             where = f"select.{at}.{name}"
             if isinstance(rule, (Dedup, Density)):
-                model, _, side = rule.space.partition(".")
-                if model not in self.models:
-                    raise UserError(f"recipe.{where}.space: no model '{model}'{nearest(model, list(self.models))}")
-                if side not in ("", "text") or (side or "image") not in self.models[model].sides:
-                    raise UserError(f"recipe.{where}.space: model '{model}' has no '{side}' vectors")
+                owner, _, side = rule.space.partition(".")
+                if owner not in self.models:
+                    raise UserError(f"recipe.{where}.space: no model '{owner}'{nearest(owner, list(self.models))}")
+                if side not in ("", "text") or (side or "image") not in self.models[owner].sides:
+                    raise UserError(f"recipe.{where}.space: model '{owner}' has no '{side}' vectors")
             if isinstance(rule, Cut) and rule.column is None:
                 if rule.score not in self.models:
                     known = nearest(rule.score, list(self.models))

@@ -16,9 +16,11 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,9 +30,11 @@ from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
 from pipeline.stage import Function, Made, Stage, Unit
-from pipeline.storage import Root, UnitFiles
+from pipeline.storage import Root, UnitFiles, sha256_file
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SEGMENT_PARTS = 4096
 """Loose receipts of one stage that are compacted into one object (design.md, commit protocol)."""
@@ -38,7 +42,8 @@ SEGMENT_PARTS = 4096
 RECEIPTS = pa.schema([("key", pa.string()), ("receipt", pa.string())])
 
 Receipt = dict[str, Any]
-"""key; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; facts; content or null."""
+"""key; stage; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; exports: path in
+the run directory -> {sha256, bytes}; facts; content: role -> sha256 of the unit's files, for a first read."""
 
 
 def stage_key(stage: Stage) -> str:
@@ -51,10 +56,15 @@ def stage_key(stage: Stage) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Nested dataclasses as plain values, each with its class's name: two rules may have the same fields."""
+    """Nested dataclasses as plain values, each with its class's name: two rules may have the same fields.
+
+    A field marked as a place (metadata {"place": True}) says where something lies whose digest is another field.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"": type(value).__name__, **fields}
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        places = {f.name for f in dataclasses.fields(value) if f.metadata.get("place")}
+        known = {name: field is not None if name in places else _plain(field) for name, field in fields.items()}
+        return {"": type(value).__name__, **known}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
@@ -69,17 +79,26 @@ class Task:
     Attributes:
         stages: the stages whose part is missing.
         keys: the key of each part; None where it follows from the content of the unit's files (a first read).
-        unit: the shard to read, for stages that read the pool.
+        units: the shards to read, for stages that read the pool: one, or for an export any number.
         inputs: one part of each input dataset.
         listing: memo of what the unit's files hold (their listing -> their digests); for a first read.
+        export: whether the stage writes files of the run directory, and takes a list of Files.
     """
 
     name: str
     stages: tuple[Stage, ...]
     keys: tuple[str | None, ...]
-    unit: Unit | None
+    units: tuple[Unit, ...]
     inputs: tuple[Part, ...]
     listing: str | None = None
+    export: bool = False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question about a worker rather than a part to make."""
+
+    question: Callable[[Machine], Any]
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,7 @@ class PartWorker:
     """Makes and commits parts, in any process on any host."""
 
     store: str
+    directory: str
     machine: Machine
 
     def open(self) -> Any:
@@ -101,15 +121,18 @@ class _Bench:
     def __init__(self, worker: PartWorker) -> None:
         self.machine = worker.machine
         self.store = Root(worker.store, worker.machine.storage_options)
+        self.directory = Root(worker.directory, worker.machine.storage_options)
         self.built: dict[str, Any] = {}
 
-    def do(self, task: Task) -> list[Receipt]:
-        if task.unit is None:
-            return self._make(task, task.keys, None)
-        with UnitFiles(task.unit, self.machine, hashing=task.listing is not None) as files:
+    def do(self, task: Task | Ask) -> Any:
+        if isinstance(task, Ask):
+            return task.question(self.machine)
+        with ExitStack() as stack:
+            hashing = task.listing is not None
+            files = [stack.enter_context(UnitFiles(unit, self.machine, hashing)) for unit in task.units]
             if task.listing is None:
                 return self._make(task, task.keys, files)
-            content = {role: files.open(role).sha256 for role in sorted(task.unit.sources)}
+            content = {role: files[0].open(role).sha256 for role in sorted(task.units[0].sources)}
             keys = tuple(digest([stage_key(stage), content]) for stage in task.stages)
             known = [read_receipt(self.store, stage, key) for stage, key in zip(task.stages, keys, strict=True)]
             receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
@@ -117,14 +140,17 @@ class _Bench:
             return receipts
 
     def _make(
-        self, task: Task, keys: Sequence[str | None], files: UnitFiles | None, content: dict[str, str] | None = None
+        self,
+        task: Task,
+        keys: Sequence[str | None],
+        files: Sequence[UnitFiles],
+        content: dict[str, str] | None = None,
     ) -> list[Receipt]:
         rows = [StoredRows(self.store, part) for part in task.inputs]
-        function = self._function(task.stages)
-        made = function(*([files] if files else []), *rows)
+        made = self._function(task.stages)(*([files] if task.export else files), *rows)
         results = made if isinstance(made, list) else [made]
         return [
-            commit(self.store, stage, cast(str, key), task.name, result, content)
+            commit(self.store, self.directory, stage, cast(str, key), task.name, result, content)
             for stage, key, result in zip(task.stages, keys, results, strict=True)
         ]
 
@@ -154,7 +180,9 @@ def read_receipt(store: Root, stage: Stage, key: str) -> Receipt | None:
         return None
 
 
-def commit(store: Root, stage: Stage, key: str, name: str, made: Made, content: dict[str, str] | None) -> Receipt:
+def commit(
+    store: Root, directory: Root, stage: Stage, key: str, name: str, made: Made, content: dict[str, str] | None
+) -> Receipt:
     """Publish the files of a part, then its receipt; the first receipt of a key wins.
 
     Raises:
@@ -176,7 +204,16 @@ def commit(store: Root, stage: Stage, key: str, name: str, made: Made, content: 
             "rows": table.num_rows,
             "buckets": made.buckets or 0,
         }
-    receipt: Receipt = {"key": key, "name": name, "files": files, "facts": made.facts, "content": content}
+    exports = {path: export(directory, path, write) for path, write in sorted(made.exports.items())}
+    receipt: Receipt = {
+        "key": key,
+        "stage": stage.name,
+        "name": name,
+        "files": files,
+        "exports": exports,
+        "facts": made.facts,
+        "content": content,
+    }
     if store.create(_receipt_path(stage.name, key), canonical(receipt)):
         return receipt
     first = read_receipt(store, stage, key)
@@ -186,7 +223,16 @@ def commit(store: Root, stage: Stage, key: str, name: str, made: Made, content: 
             if stage.exact:
                 raise RunError(f"{stage.name}: two attempts at {name} gave different bytes, though the stage is exact")
             store.delete(file["path"])
+    if stage.exact and first["exports"] != exports:
+        raise RunError(f"{stage.name}: two attempts at {name} wrote different bytes, though the stage is exact")
     return first
+
+
+def export(directory: Root, path: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Publish one file of the run directory; its digest and length."""
+    with directory.writing(path) as local:
+        write(local)
+        return {"sha256": sha256_file(local), "bytes": local.stat().st_size}
 
 
 def _sha256(data: bytes) -> str:
@@ -222,19 +268,35 @@ class Run:
 
     Attributes:
         store: root of the store; runs that share it share their parts.
+        directory: the run directory, for exports.
         executor: does the tasks.
         machine: how fast.
         progress: told about each stage.
         times: one entry for each stage that had something to do: name, parts made, rows, seconds.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
+        numerics_class: of the embeddings, once they were asked for.
     """
 
     store: Root
+    directory: Root
     executor: Executor
     machine: Machine
     progress: Progress = field(default_factory=Quiet)
     times: list[dict[str, Any]] = field(default_factory=list)
     datasets: list[tuple[str, str]] = field(default_factory=list)
+    numerics_class: dict[str, str] = field(default_factory=dict)
+
+    def numerics(self, question: Callable[[Machine], T]) -> T:
+        """What a worker with a GPU, if there is one, computes forward passes with; kept for the run's record."""
+        ((_, answer),) = self.executor.each(self._worker, [Ask(question)], gpu=True)
+        if isinstance(answer, Failure):
+            raise UserError(answer.cause) if answer.user else RunError(f"numerics: {answer.cause}")
+        self.numerics_class = dataclasses.asdict(answer)
+        return cast(T, answer)
+
+    @property
+    def _worker(self) -> PartWorker:
+        return PartWorker(self.store.url, self.directory.url, self.machine)
 
     def map(
         self, stage: Stage, *inputs: Dataset, units: Sequence[Unit] | None = None, gpu: bool = False
@@ -260,34 +322,31 @@ class Run:
         self, stages: Sequence[Stage], *inputs: Dataset, units: Sequence[Unit] | None = None, gpu: bool = False
     ) -> list[dict[str, Dataset]]:
         """`map` for several stages over the same parts; a unit that several of them miss is read once for all."""
-        keys = [[digest([stage_key(s), ids]) for ids in self._ids(inputs, units)] for s in stages]
-        names = _names(inputs, units)
-        receipts = [self._finished(stage, mine) for stage, mine in zip(stages, keys, strict=True)]
-        for at, stage in enumerate(stages):
-            if receipts[at] is None:
-                receipts[at] = self._committed(stage, keys[at])
-        found = [cast("dict[str, Receipt]", r) for r in receipts]
+        ids = list(self._ids(inputs, units))
+        keys = [[digest([stage_key(s), i]) for i in ids] for s in stages]
+        names = [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
+        found: dict[str, Receipt] = {}
+        for stage, mine in zip(stages, keys, strict=True):
+            found.update(self._found(stage, mine))
 
         def tasks() -> Iterator[Task]:
             for i, name in enumerate(names):
-                missing = [at for at in range(len(stages)) if keys[at][i] not in found[at]]
+                missing = [at for at in range(len(stages)) if keys[at][i] not in found]
                 if missing:
                     yield Task(
                         name,
                         tuple(stages[at] for at in missing),
                         tuple(keys[at][i] for at in missing),
-                        units[i] if units else None,
+                        (units[i],) if units else (),
                         tuple(d.parts[i] for d in inputs),
                     )
 
-        missing = sum(any(mine[i] not in got for mine, got in zip(keys, found, strict=True)) for i in range(len(names)))
+        missing = sum(any(mine[i] not in found for mine in keys) for i in range(len(names)))
         if missing:
             title = stages[0].name if len(stages) == 1 else f"{stages[0].name} x{len(stages)}"
-            stage_of = {key: at for at, mine in enumerate(keys) for key in mine}
-            for _, done in self._do(title, tasks(), len(names) - missing, len(names), gpu):
-                for receipt in done:
-                    found[stage_of[receipt["key"]]][receipt["key"]] = receipt
-        return [self._finish(s, mine, got, names) for s, mine, got in zip(stages, keys, found, strict=True)]
+            for _, receipts in self._do(title, tasks(), len(names) - missing, len(names), gpu):
+                found.update((receipt["key"], receipt) for receipt in receipts)
+        return [self._finish(stage, mine, found, names) for stage, mine in zip(stages, keys, strict=True)]
 
     def read(self, stage: Stage, units: Sequence[Unit]) -> dict[str, Dataset]:
         """`map` over the pool's files themselves, whose content is known only once they have been read.
@@ -303,13 +362,52 @@ class Run:
         known = self._finished(stage, cast("list[str]", keys)) if all(keys) else None
         known = self._committed(stage, [k for k in keys if k]) if known is None else known
         todo = [i for i, k in enumerate(keys) if k is None or k not in known]
-        tasks = (Task(units[i].shard, (stage,), (None,), units[i], (), listings[i]) for i in todo)
+        tasks = (Task(units[i].shard, (stage,), (None,), (units[i],), (), listings[i]) for i in todo)
         if todo:
             for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), False):
                 keys[todo[position]] = done[0]["key"]
                 known[done[0]["key"]] = done[0]
             self.store.write(_listed(digest(listings)), canonical(keys))
         return self._finish(stage, [cast(str, k) for k in keys], known, [u.shard for u in units])
+
+    def export(
+        self, stage: Stage, *inputs: Dataset, units: Sequence[Sequence[Unit]] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """`map` for stages that write files of the run directory; a file that is gone or has another length is redone.
+
+        Args:
+            stage: its Made has `exports`, and no tables.
+            inputs: as for `map`.
+            units: the shards that each task reads from.
+
+        Returns:
+            path below the run directory -> {sha256, bytes}.
+
+        Raises:
+            As `map`.
+        """
+        keys = [digest([stage_key(stage), ids]) for ids in self._ids(inputs, None)]
+        names = [p.name for p in inputs[0].parts]
+        found = self._found(stage, keys)
+        folders = {path.partition("/")[0] for receipt in found.values() for path in receipt["exports"] if "/" in path}
+        there = {path: count for folder in folders for path, count in self.directory.list(folder).items()}
+        found = {
+            key: receipt
+            for key, receipt in found.items()
+            if all((there.get(p) or self.directory.bytes(p)) == f["bytes"] for p, f in receipt["exports"].items())
+        }
+        todo = [i for i, key in enumerate(keys) if key not in found]
+
+        def tasks() -> Iterator[Task]:
+            for i in todo:
+                mine = tuple(units[i]) if units else ()
+                yield Task(names[i], (stage,), (keys[i],), mine, tuple(d.parts[i] for d in inputs), export=True)
+
+        if todo:
+            for _, (receipt,) in self._do(stage.name, tasks(), len(names) - len(todo), len(names), False):
+                found[receipt["key"]] = receipt
+        self._finish(stage, keys, found, names)
+        return {path: file for key in keys for path, file in found[key]["exports"].items()}
 
     def rows(self, part: Part) -> StoredRows:
         """Read a small part on the driver, such as the result of a fit."""
@@ -324,6 +422,10 @@ class Run:
             if units is not None:
                 ids.append(_pixels(inputs[0].parts[i]))
             yield ids
+
+    def _found(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
+        finished = self._finished(stage, keys)
+        return self._committed(stage, keys) if finished is None else finished
 
     def _finished(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt] | None:
         """All receipts of a dataset from its manifest, or None where it was never finished."""
@@ -376,9 +478,8 @@ class Run:
                 yield task
 
         failed: list[tuple[str, Failure]] = []
-        worker = PartWorker(self.store.url, self.machine)
         try:
-            for position, result in self.executor.each(worker, named(), gpu=gpu):
+            for position, result in self.executor.each(self._worker, named(), gpu=gpu):
                 if isinstance(result, Failure):
                     failed.append((names[position], result))
                     continue
@@ -387,7 +488,7 @@ class Run:
                 rows += made
                 self.progress.advance(made)
                 for receipt in result:
-                    stage = next(iter(receipt["files"].values()))["path"].split("/")[1]
+                    stage = receipt["stage"]
                     loose.setdefault(stage, []).append(receipt)
                     if len(loose[stage]) >= SEGMENT_PARTS:
                         self._compact(stage, loose.pop(stage))
@@ -448,10 +549,6 @@ def _pixels(part: Part) -> Any:
     """What identifies the files behind a part of samples, less the sidecar: it holds no pixels and no vectors."""
     content = json.loads(part.files[0].facts).get("content") or {}
     return {role: sha256 for role, sha256 in content.items() if role != "sidecar"}
-
-
-def _names(inputs: Sequence[Dataset], units: Sequence[Unit] | None) -> list[str]:
-    return [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
 
 
 def _failure(title: str, failed: list[tuple[str, Failure]]) -> Exception:

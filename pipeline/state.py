@@ -41,8 +41,7 @@ class Verdict:
 
 def alive(state: pa.Table) -> np.ndarray:
     """bool (N,): rows that no step has dropped."""
-    dropped_by_N: np.ndarray = state.column("dropped_by").to_numpy()
-    return dropped_by_N == ALIVE
+    return np.asarray(state.column("dropped_by").to_numpy() == ALIVE)
 
 
 def drop(

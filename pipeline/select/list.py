@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Literal
 
 import numpy as np
@@ -41,8 +41,8 @@ class List:
         sha256: digest of the list's file; filled in when the run starts, and checked where the recipe gives it.
     """
 
-    deny: str | None = None
-    allow: str | None = None
+    deny: str | None = field(default=None, metadata={"place": True})
+    allow: str | None = field(default=None, metadata={"place": True})
     on: Literal["uid", "url", "sha256", "key"] = "uid"
     sha256: str | None = None
 

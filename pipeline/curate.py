@@ -1,0 +1,421 @@
+"""The path, from shard in to shard out: read, embed, select step by step, decide, write, report.
+
+Evidence (samples, vectors, scores) is computed once and kept; each step of the recipe then sees the survivors of the
+step before it. The order of everything is the order of this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import accumulate
+from pathlib import PurePosixPath
+from typing import Any
+
+from pipeline.decide import Decide, ShowAssignment, ShowProblems
+from pipeline.errors import UserError
+from pipeline.parts import Dataset, digest, given
+from pipeline.pool import list_units
+from pipeline.read import Read
+from pipeline.recipe import Arrays, Network, Recipe, resolved
+from pipeline.run import Run
+from pipeline.schema import GROUP_UNITS
+from pipeline.select.filter import Filter
+from pipeline.select.list import List
+from pipeline.stage import Unit
+from pipeline.state import Begin
+from pipeline.step import Outcome, Step
+from pipeline.storage import UnitFiles, redacted
+from pipeline.write import Span, WriteParquet, WriteTar, spans, write_subset
+
+Exported = dict[str, dict[str, Any]]
+"""path below the run directory -> {sha256, bytes}."""
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What a finished run amounts to.
+
+    Attributes:
+        listed: samples of the pool.
+        kept: samples that no step dropped.
+        funnel: (step, rows that entered, rows that left), from `00-read` on.
+        unreadable: samples with a problem.
+        damaged: shards with a problem of their own.
+        shards: of the pool.
+        too_damaged: whether the recipe's limit is exceeded.
+    """
+
+    listed: int
+    kept: int
+    funnel: tuple[tuple[str, int, int], ...]
+    unreadable: int
+    damaged: int
+    shards: int
+    too_damaged: bool
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The pool as read: its units, one part each, and the same in groups."""
+
+    units: Sequence[Unit]
+    samples: Dataset
+    columns: Dataset
+    problems: Dataset
+    group_units: int
+
+    @property
+    def listed(self) -> int:
+        return self.samples.num_rows
+
+    def grouped(self, dataset: Dataset) -> Dataset:
+        return dataset.grouped(self.group_units)
+
+    def labels(self, folder: str) -> Dataset:
+        """For each group: the file of a large table, and the shard of each unit."""
+        groups = range(0, len(self.units), self.group_units)
+        return given(
+            [
+                {
+                    "path": f"{folder}/{number:08d}.parquet",
+                    "shards": [u.shard for u in self.units[first : first + self.group_units]],
+                }
+                for number, first in enumerate(groups)
+            ]
+        )
+
+
+def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
+    """Find or make everything between the pool and the run directory.
+
+    Args:
+        run: where, and by whom.
+        recipe: what.
+        group_units: units whose rows share one part of a large table.
+
+    Raises:
+        UserError: the pool, a model or a list that the recipe names is not as it says.
+        RunError: units that could not be finished.
+    """
+    recipe = pinned(run, recipe)
+    run.directory.delete("checksums.sha256")  # until it is back, the directory is not finished
+    units = list_units(recipe.pool, run.machine.storage_options)
+    read = run.read(Read(recipe.pool.format), units)
+    pool = Pooled(units, read["samples"], read["columns"], read["problems"], group_units)
+    if not pool.listed:
+        raise UserError(f"recipe.pool: no sample in {len(units)} shards of {redacted(str(recipe.pool.path))}")
+
+    vectors = evidence(run, recipe, pool)
+    samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
+    seen = {name: pool.grouped(dataset) for name, dataset in vectors.items()}
+    begun = run.map(Begin(), samples, *seen.values())["state"]
+    places = given([{"first_unit": i * group_units, "group": i} for i in range(len(samples))])
+
+    state, outcomes, steps = begun, list[Outcome](), list[Step]()
+    for number, (name, rule) in enumerate(recipe.select, 1):
+        step = Step(
+            number, f"{number:02d}-{name}", recipe.seed, run, samples, columns, seen, state, places, pool.listed
+        )
+        outcome = rule.apply(step)
+        state = outcome.state
+        steps.append(step)
+        outcomes.append(outcome)
+
+    written = record(run, recipe, pool, state, seen, steps, outcomes)
+    written |= write(run, recipe, pool, state, vectors, outcomes)
+    return finish(run, recipe, pool, begun, steps, outcomes, written)
+
+
+def pinned(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe with the digests of the files it names, and the formats that its pool allows."""
+    from pipeline.encode import resolve
+
+    models = {}
+    for name, model in recipe.models.items():
+        models[name] = model
+        if isinstance(model, Network):
+            found = resolve(model.arch, model.weights)
+            if model.sha256 not in (None, found.sha256):
+                raise UserError(f"recipe.models.{name}: its weights have sha256 {found.sha256}, not {model.sha256}")
+            models[name] = replace(model, sha256=found.sha256)
+    select = [(name, rule.pinned(run.machine) if isinstance(rule, List) else rule) for name, rule in recipe.select]
+    return replace(recipe, models=models, select=select)
+
+
+def evidence(run: Run, recipe: Recipe, pool: Pooled) -> dict[str, Dataset]:
+    """Vectors and scores of every model, each once for the whole pool; models that share images share their decode."""
+    vectors: dict[str, Dataset] = {}
+    for name, model in recipe.models.items():
+        if isinstance(model, Arrays):
+            vectors[name] = precomputed(run, recipe, pool, model)
+    networks = {name: model for name, model in recipe.models.items() if isinstance(model, Network)}
+    if networks:
+        from pipeline.embed import embed
+        from pipeline.encode import numerics, resolve
+
+        if recipe.pool.format == "datacomp" and not any("tar" in unit.sources for unit in pool.units):
+            raise UserError(f"recipe.models.{next(iter(networks))}: this pool has no images; name its arrays instead")
+        here = run.numerics(numerics)
+        spare = () if recipe.embed_all else leading(recipe)
+        stages = [
+            embed(name, resolve(m.arch, m.weights), here, recipe.pool.format, run.machine.fast_decode, spare)
+            for name, m in networks.items()
+        ]
+        inputs = (pool.samples, pool.columns) if spare else (pool.samples,)
+        made = run.map_together(stages, *inputs, units=pool.units, gpu=True)
+        vectors |= {name: outputs["vectors"] for name, outputs in zip(networks, made, strict=True)}
+    return {name: vectors[name] for name in recipe.models}
+
+
+def precomputed(run: Run, recipe: Recipe, pool: Pooled, model: Arrays) -> Dataset:
+    """Vectors that the pool brings along."""
+    from pipeline.precomputed import Precomputed, find_dims
+
+    dims = find_dims(recipe.pool.format, model.image, model.text, (UnitFiles(unit, run.machine) for unit in pool.units))
+    stage = Precomputed(model.image, model.text, recipe.pool.format, dims)
+    return run.map(stage, pool.samples, units=pool.units)["vectors"]
+
+
+def leading(recipe: Recipe) -> tuple[Filter | List, ...]:
+    """The row rules before the first step of another kind: what they drop is spared the embedding."""
+    rules: list[Filter | List] = []
+    for _, rule in recipe.select:
+        if not isinstance(rule, (Filter, List)):
+            break
+        rules.append(rule)
+    return tuple(rules)
+
+
+def record(
+    run: Run,
+    recipe: Recipe,
+    pool: Pooled,
+    state: Dataset,
+    seen: dict[str, Dataset],
+    steps: Sequence[Step],
+    outcomes: Sequence[Outcome],
+) -> Exported:
+    """decisions/, problems/ and select/: the written reason for every sample."""
+    samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
+    models = scored(recipe)
+    used = {name: str(kind) for _, rule in recipe.select for name, kind in rule.uses_columns().items()}
+    decide = Decide(tuple(s.name for s in steps), models, tuple(used.items()))
+    scores = [seen[m] for m in models]
+    written = run.export(decide, samples, columns, state, pool.labels("decisions"), *scores)
+    written |= run.export(ShowProblems(), pool.grouped(pool.problems), samples, pool.labels("problems"), *seen.values())
+    for step, outcome in zip(steps, outcomes, strict=True):
+        folder = f"select/{step.name}"
+        if outcome.assign:
+            written |= run.export(ShowAssignment(), outcome.assign, samples, pool.labels(f"{folder}/assign"))
+        for name, data in outcome.files.items():
+            written |= put(run, f"{folder}/{name}", data)
+    return written
+
+
+def scored(recipe: Recipe) -> tuple[str, ...]:
+    """Models with both vectors, and so a score."""
+    return tuple(name for name, model in recipe.models.items() if "text" in model.sides)
+
+
+def formats_of(recipe: Recipe, units: Sequence[Unit]) -> Sequence[str]:
+    """What is written: what the recipe asks for, else what the pool allows.
+
+    Raises:
+        UserError: tars are asked for of a pool without tars.
+    """
+    tars = all("tar" in unit.sources for unit in units)
+    if recipe.write.formats is None:
+        return ["webdataset", "parquet", "subset"] if tars else ["parquet", "subset"]
+    if "webdataset" in recipe.write.formats and not tars:
+        raise UserError("recipe.write.formats: webdataset needs a pool of tars; this one allows parquet and subset")
+    return recipe.write.formats
+
+
+def write(
+    run: Run,
+    recipe: Recipe,
+    pool: Pooled,
+    state: Dataset,
+    vectors: dict[str, Dataset],
+    outcomes: Sequence[Outcome],
+) -> Exported:
+    """filtered/, parquet/ and subset.npy: the kept samples."""
+    formats = formats_of(recipe, pool.units)
+    models = scored(recipe)
+    plan = Plan.of(pool, state, recipe.write.samples_per_shard)
+    inputs = [plan.places, plan.of_units(pool.samples), plan.of_units(pool.columns), plan.of_groups(state)]
+    inputs += [plan.of_units(vectors[m]) for m in models]
+    written: Exported = {}
+    if "webdataset" in formats:
+        assigns = [plan.of_groups(o.assign) for o in outcomes if o.assign] if recipe.write.annotate else []
+        written |= run.export(WriteTar(models, recipe.write.annotate), *inputs, *assigns[-1:], units=plan.units)
+    if "parquet" in formats:
+        images = recipe.pool.format if recipe.write.images else None
+        written |= run.export(WriteParquet(models, images), *inputs, units=plan.units)
+    if "subset" in formats:
+        written |= write_subset(run, pool.grouped(pool.samples), state)
+    return written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows each output shard takes, and which units and groups hold them.
+
+    Attributes:
+        spans: one for each output shard.
+        places: what each task is told (write.kept_rows, and how keys are named).
+        units: the shards that each task reads from.
+        group_units: units of a group.
+    """
+
+    spans: Sequence[Span]
+    places: Dataset
+    units: Sequence[Sequence[Unit]]
+    group_units: int
+
+    @staticmethod
+    def of(pool: Pooled, state: Dataset, rows: int) -> Plan:
+        """Cut the survivors of a state into output shards of `rows`."""
+        found = spans([n for facts in state.facts() for n in facts["alive_by_unit"]], rows)
+        starts = [0, *accumulate(sum(f.rows for f in part.files) for part in pool.samples.parts)]
+        prefixes = folder_prefixes([u.shard for u in pool.units])
+        size, places = pool.group_units, []
+        for number, span in enumerate(found):
+            groups = range(span.first_unit // size, span.last_unit // size + 1)
+            mine = slice(span.first_unit, span.last_unit + 1)
+            shards = [u.shard for u in pool.units[mine]]
+            places.append(
+                {
+                    "number": number,
+                    "skip": span.skip,
+                    "take": span.take,
+                    "state_first": starts[span.first_unit] - starts[groups[0] * size],
+                    "group_rows": [starts[min((g + 1) * size, len(pool.units))] - starts[g * size] for g in groups],
+                    "shards": shards,
+                    "stems": [PurePosixPath(shard).name.split(".")[0] for shard in shards],
+                    "prefixes": prefixes[mine],
+                }
+            )
+        units = [pool.units[s.first_unit : s.last_unit + 1] for s in found]
+        return Plan(found, given(places), units, size)
+
+    def of_units(self, dataset: Dataset) -> Dataset:
+        """The parts of the units that each output shard takes from, as one part each."""
+        return dataset.joined([range(s.first_unit, s.last_unit + 1) for s in self.spans])
+
+    def of_groups(self, dataset: Dataset) -> Dataset:
+        """The same for a dataset of groups."""
+        size = self.group_units
+        return dataset.joined([range(s.first_unit // size, s.last_unit // size + 1) for s in self.spans])
+
+
+def folder_prefixes(shards: Sequence[str]) -> list[str]:
+    """What is put before the keys of each shard: nothing, or the number of its folder in a pool of several."""
+    folders = list(dict.fromkeys(str(PurePosixPath(shard).parent) for shard in shards))
+    if len(folders) == 1:
+        return [""] * len(shards)
+    width = max(3, len(str(len(folders) - 1)))
+    number = {folder: f"{i:0{width}d}_" for i, folder in enumerate(folders)}
+    return [number[str(PurePosixPath(shard).parent)] for shard in shards]
+
+
+def put(run: Run, path: str, data: bytes) -> Exported:
+    """Write a small file of the run directory from here."""
+    run.directory.write(path, data)
+    return {path: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}}
+
+
+def finish(
+    run: Run,
+    recipe: Recipe,
+    pool: Pooled,
+    begun: Dataset,
+    steps: Sequence[Step],
+    outcomes: Sequence[Outcome],
+    written: Exported,
+) -> Curated:
+    """The run's record: recipe.yaml, run.json, times.json, the report, and last of all the checksums."""
+    alive = [sum(f["alive"] for f in d.facts()) for d in (begun, *(o.state for o in outcomes))]
+    names = ["00-read", *(s.name for s in steps)]
+    funnel = tuple(zip(names, [pool.listed, *alive[:-1]], alive, strict=True))
+    damaged = sum(f["shard_problems"] > 0 for f in pool.problems.facts())
+    unreadable = pool.listed - alive[0]
+    limit = recipe.limits.max_unreadable
+    too_damaged = unreadable > limit * pool.listed or damaged > limit * len(pool.units)
+    curated = Curated(pool.listed, alive[-1], funnel, unreadable, damaged, len(pool.units), too_damaged)
+    written |= put(run, "recipe.yaml", resolved(recipe).encode())
+    about = {
+        "versions": versions(),
+        "models": {n: m.sha256 for n, m in recipe.models.items() if isinstance(m, Network)},
+        "numerics": run.numerics_class,
+        "pool": digest([f["content"] for f in pool.samples.facts()]),
+        "funnel": curated.funnel,
+        "unreadable": unreadable,
+        "damaged_shards": damaged,
+        "shards": len(pool.units),
+        "health": {step.name: outcome.health for step, outcome in zip(steps, outcomes, strict=True)},
+        "drops": {s.name: drops(o.state) for s, o in zip(steps, outcomes, strict=True)},
+        "datasets": list(dict.fromkeys(f"{stage}/{key}" for stage, key in run.datasets)),
+    }
+    written |= put(run, "run.json", json.dumps(about, indent=1, sort_keys=True).encode() + b"\n")
+    times = {"host": platform.node(), "python": platform.python_version(), "stages": run.times}
+    run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
+    forget_others(run, written)
+    written |= existing(run, "report")
+    run.directory.write("checksums.sha256", checksums({path: f["sha256"] for path, f in written.items()}))
+    return curated
+
+
+def drops(state: Dataset) -> dict[str, Any]:
+    """Rows that a step dropped, by reason, and how the conditions of a filter overlap."""
+    reasons: Counter[str] = Counter()
+    overlap: Counter[str] = Counter()
+    for facts in state.facts():
+        reasons.update(facts["dropped"])
+        overlap.update(facts.get("overlap", {}))
+    return {"reasons": dict(sorted(reasons.items())), "overlap": dict(sorted(overlap.items()))}
+
+
+def versions() -> dict[str, str]:
+    """Of pairsieve and of the libraries whose code shapes the bytes."""
+    names = ("pairsieve", "numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "pillow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+OURS = ("decisions", "select", "filtered", "parquet", "problems")
+"""Folders of a run directory that hold nothing but what its last run wrote."""
+
+
+def forget_others(run: Run, written: Exported) -> None:
+    """Remove files that an earlier run of another recipe left in the directory."""
+    for folder in OURS:
+        for path in run.directory.list(folder):
+            if path not in written:
+                run.directory.delete(path)
+    if "subset.npy" not in written:
+        run.directory.delete("subset.npy")
+
+
+def existing(run: Run, folder: str) -> Exported:
+    """Files of a folder that is written by others, with their digests."""
+    return {
+        path: {"sha256": hashlib.sha256(run.directory.read(path)).hexdigest(), "bytes": count}
+        for path, count in run.directory.list(folder).items()
+    }
+
+
+def checksums(digests: dict[str, str]) -> bytes:
+    """The text of checksums.sha256, as sha256sum reads it."""
+    return "".join(f"{sha256}  {path}\n" for path, sha256 in sorted(digests.items())).encode()
