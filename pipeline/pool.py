@@ -9,8 +9,9 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -76,33 +77,49 @@ def list_units(pool: Pool, storage_options: dict[str, dict[str, Any]]) -> list[U
 
 
 def _found(item: str, beside: tuple[str, ...], options: dict[str, dict[str, Any]]) -> list[tuple[str, Source]]:
-    """Every file that one item of the recipe names or implies: (path without protocol and bucket's slash, file)."""
+    """Every file that one item of the recipe names or implies: (path without protocol, file), sorted."""
     place = _Place(item, options)
     patterns = expand_braces(place.path)
-    plain = patterns == [place.path] and not place.is_glob(place.path)
-    if plain and place.is_folder():
-        infos = persistently(lambda: place.fs.find(place.path, detail=True))
-    else:
-        infos = place.match(patterns)
-        if plain and not infos:
-            raise UserError(f"pool.path: {redacted(item)} does not exist")
-        infos |= place.companions(infos, beside)
-    files = {}
-    for path, info in infos.items():
-        name = posixpath.basename(path)
-        if info["type"] != "directory" and not name.startswith(".") and SHARD_FILE.match(place.plain(path)):
-            files[place.plain(path)] = place.source(path, info)
-    return sorted(files.items())
+    try:
+        if patterns == [place.path] and not place.is_glob(place.path):
+            if place.is_folder():
+                found = dict(place.below(place.path))
+            else:
+                found = dict(place.match(patterns))
+                if not found and not place.fs.exists(place.path):
+                    raise UserError(f"pool.path: {redacted(item)} does not exist")
+        else:
+            found = dict(place.match(patterns))
+        found |= place.companions(found, beside)
+    except (PermissionError, FileNotFoundError) as error:
+        raise UserError(f"pool.path: {redacted(item)}: {error}") from None
+    return sorted((place.plain(path), source) for path, source in found.items())
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What one folder holds: paths of the folders in it, and its shard files."""
+
+    folders: list[str]
+    files: dict[str, Source]
 
 
 class _Place:
-    """One item's file system, with the listing of each folder kept."""
+    """One item's file system, with the listing of each folder kept.
+
+    fsspec's own `find` and `glob` take a folder whose listing failed for an empty one, and would lose its shards.
+    """
 
     def __init__(self, url: str, options: dict[str, dict[str, Any]]) -> None:
-        self.scheme = scheme_of(url)
-        self.fs, self.path = filesystem(url, options)
+        self._scheme = scheme_of(url)
         self._netloc = urlsplit(url).netloc
-        self._listed: dict[str, dict[str, Any]] = {}
+        self._listed: dict[str, _Folder] = {}
+        self.fs, self.path = filesystem(url, options)
+        self.fs.invalidate_cache()
+
+    @property
+    def _is_http(self) -> bool:
+        return self._scheme in ("http", "https")
 
     def is_glob(self, path: str) -> bool:
         return any(char in path for char in ("*[" if self._is_http else "*?["))
@@ -111,10 +128,6 @@ class _Place:
         # Asked about a file, fsspec's http would fetch all of it to look for links.
         return self.path.endswith("/") if self._is_http else bool(self.fs.isdir(self.path))
 
-    @property
-    def _is_http(self) -> bool:
-        return self.scheme in ("http", "https")
-
     def plain(self, path: str) -> str:
         """A path as it may stand in a shard's name: without protocol, query and leading slash."""
         if self._is_http:
@@ -122,54 +135,86 @@ class _Place:
             path = parts.netloc.rpartition("@")[2] + parts.path
         return path.lstrip("/")
 
-    def match(self, patterns: Iterable[str]) -> dict[str, Any]:
-        """The files that paths and globs name, of those that exist."""
-        found: dict[str, Any] = {}
+    def below(self, folder: str) -> Iterator[tuple[str, Source]]:
+        """The shard files of a folder and of those in it."""
+        yield from self._folder(folder).files.items()
+        for inner in self._folder(folder).folders:
+            yield from self.below(inner)
+
+    def match(self, patterns: Iterable[str]) -> Iterator[tuple[str, Source]]:
+        """The shard files that paths and globs name, of those that exist."""
         for pattern in patterns:
             if self.is_glob(pattern):
-                found |= persistently(lambda p=pattern: self.fs.glob(p, detail=True))  # type: ignore[misc]
-            elif info := self._info(pattern):
-                found[pattern] = info
-        return found
+                root, _, rest = pattern.partition("://") if self._is_http else ("", "", pattern)
+                first, *others = rest.split("/")
+                yield from self._glob(f"{root}://{first}" if root else first, others)
+            elif source := self._file(pattern):
+                yield pattern, source
 
-    def companions(self, found: dict[str, Any], suffixes: tuple[str, ...]) -> dict[str, Any]:
+    def _glob(self, folder: str, names: list[str]) -> Iterator[tuple[str, Source]]:
+        name, rest = names[0], names[1:]
+        if name == "**":
+            yield from self._glob(folder, rest or ["*"])
+            for inner in self._folder(folder).folders:
+                yield from self._glob(inner, names)
+        elif not self.is_glob(name):
+            path = f"{folder}/{name}"
+            if rest:
+                yield from self._glob(path, rest)
+            elif source := self._file(path):
+                yield path, source
+        elif rest:
+            for inner in self._folder(folder).folders:
+                if fnmatchcase(posixpath.basename(inner), name):
+                    yield from self._glob(inner, rest)
+        else:
+            for path, source in self._folder(folder).files.items():
+                if fnmatchcase(posixpath.basename(path), name):
+                    yield path, source
+
+    def companions(self, found: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, Source]:
         """Files with the stems of those found and other suffixes, in the same folders or in `shards` beside them."""
         stems = {_stem(path) for path in found}
         if self._is_http:
             paths = (stem + suffix for stem in stems for suffix in suffixes if "?" not in stem)
-            return {path: info for path in paths if (info := self._info(path))}
+            return {path: source for path in paths if (source := self._file(path))}
         names = {posixpath.basename(stem) for stem in stems}
-        folders = {posixpath.dirname(path) for path in found} if suffixes else set()
+        folders = {posixpath.dirname(stem) for stem in stems} if suffixes else set()
         folders |= {posixpath.join(posixpath.dirname(folder), "shards") for folder in folders if ".npz" in suffixes}
         return {
-            path: info
+            path: source
             for folder in sorted(folders)
-            for path, info in self._folder(folder).items()
+            for path, source in self._folder(folder).files.items()
             if path.endswith(suffixes) and posixpath.basename(_stem(path)) in names
         }
 
-    def _info(self, path: str) -> Any:
-        """What the store says of one file; None where there is none."""
+    def _file(self, path: str) -> Source | None:
         if not self._is_http:
-            return self._folder(posixpath.dirname(path)).get(path)
+            return self._folder(posixpath.dirname(path)).files.get(path)
         try:
-            return persistently(lambda: self.fs.info(path))
+            return self._source(persistently(lambda: self.fs.info(path)))
         except FileNotFoundError:
             return None
 
-    def _folder(self, folder: str) -> dict[str, Any]:
+    def _folder(self, folder: str) -> _Folder:
         if folder not in self._listed:
-            try:
-                infos = persistently(lambda: self.fs.ls(folder, detail=True))
-            except (FileNotFoundError, NotADirectoryError):
-                infos = []
-            self._listed[folder] = {info["name"]: info for info in infos}
+            is_local = self._scheme in ("file", "local")
+            self._listed[folder] = _scanned(folder or "/") if is_local else self._asked(folder)
         return self._listed[folder]
 
-    def source(self, path: str, info: Any) -> Source:
-        if self.scheme in ("file", "local"):
-            status = os.stat(path)
-            return Source(path, status.st_size, str(status.st_mtime_ns))
+    def _asked(self, folder: str) -> _Folder:
+        try:
+            infos = persistently(lambda: self.fs.ls(folder, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            infos = []
+        # Some stores list a folder's own marker in it.
+        infos = [info for info in infos if info["name"].strip("/") != folder.strip("/")]
+        folders = [info["name"].rstrip("/") for info in infos if info["type"] == "directory"]
+        files = [info for info in infos if info["type"] != "directory" and _is_shard_file(info["name"])]
+        return _Folder(sorted(folders), {info["name"]: self._source(info) for info in files})
+
+    def _source(self, info: dict[str, Any]) -> Source:
+        path = info["name"]
         if info.get("size") is None:
             info = persistently(lambda: self.fs.info(path))
             if info.get("size") is None:
@@ -181,9 +226,32 @@ class _Place:
         """The path as a URL with the item's own protocol, and the account that some write into the bucket's place."""
         if self._is_http:
             return path
-        if self.scheme == "memory":
+        if self._scheme == "memory":
             return f"memory://{path}"
-        return f"{self.scheme}://{self._netloc}/{path.partition('/')[2]}"
+        return f"{self._scheme}://{self._netloc}/{path.partition('/')[2]}"
+
+
+def _scanned(folder: str) -> _Folder:
+    """A local folder; links to folders are followed, but not round in circles: a link that leads upwards is none."""
+    listed = _Folder([], {})
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return listed
+    real = os.path.realpath(folder)
+    for entry in entries:
+        if entry.is_dir():
+            if not (entry.is_symlink() and f"{real}/".startswith(f"{os.path.realpath(entry.path)}/")):
+                listed.folders.append(entry.path)
+        elif _is_shard_file(entry.path):
+            status = entry.stat()
+            listed.files[entry.path] = Source(entry.path, status.st_size, str(status.st_mtime_ns))
+    return listed
+
+
+def _is_shard_file(path: str) -> bool:
+    name = posixpath.basename(urlsplit(path).path if "://" in path else path)
+    return not name.startswith(".") and SHARD_FILE.match(name) is not None
 
 
 def _stem(path: str) -> str:

@@ -1,7 +1,10 @@
 import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -212,3 +215,97 @@ def test_a_rewritten_file_has_another_etag(tmp_path, memory):
         assert list_units(pool, {}) == before
         rewrite()
         assert list_units(pool, {})[0].sources["tar"].etag != before[0].sources["tar"].etag
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty():
+    class Unreadable(MemoryFileSystem):
+        """A memory file system, one folder of which is forbidden."""
+
+        protocol = "memory"
+        cachable = False
+
+        def ls(self, path, detail=True, **kwargs):
+            if path.rstrip("/").endswith("forbidden"):
+                raise PermissionError(f"{path}: AccessDenied")
+            return super().ls(path, detail, **kwargs)
+
+    fsspec.register_implementation("memory", Unreadable, clobber=True)
+    try:
+        fs = Unreadable()
+        fs.pipe({"/pool_test/a/0.tar": b"1", "/pool_test/forbidden/0.tar": b"2"})
+        for path in ("memory://pool_test", "memory://pool_test/*/*.tar", "memory://pool_test/**/*.tar"):
+            with pytest.raises(UserError, match=r"pool\.path: memory://pool_test.*: .*forbidden: AccessDenied"):
+                shards("webdataset", path)
+    finally:
+        fs.rm("/pool_test", recursive=True)
+        fsspec.register_implementation("memory", MemoryFileSystem, clobber=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a/*.tar", ["1.tar", "2.tar"]),
+        ("*/1.tar", ["a/1.tar", "b/1.tar"]),
+        ("**/*.tar", ["0.tar", "a/1.tar", "a/2.tar", "b/1.tar", "b/c/3.tar"]),
+        ("b/**", ["1.tar", "c/3.tar"]),
+        ("**/c/*", ["3.tar"]),
+        ("[ab]/[!2].tar", ["a/1.tar", "b/1.tar"]),
+        ("?/?.tar", ["a/1.tar", "a/2.tar", "b/1.tar"]),
+        ("{a,b}/*1.tar", ["a/1.tar", "b/1.tar"]),
+    ],
+)
+@pytest.mark.parametrize("store", ["local", "memory"])
+def test_globs_worked_by_hand(tmp_path, memory, store, pattern, expected):
+    names = ["0.tar", "a/1.tar", "a/2.tar", "b/1.tar", "b/c/3.tar", "b/.4.tar", "b/note.txt"]
+    touch(tmp_path, *names)
+    memory.pipe({f"/pool_test/{name}": b"x" for name in names})
+    assert shards("webdataset", f"{tmp_path if store == 'local' else 'memory://pool_test'}/{pattern}") == expected
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "far/1.tar", "pool/0.tar")
+    (tmp_path / "pool/near").symlink_to(tmp_path / "far")
+    (tmp_path / "pool/up").symlink_to(tmp_path / "pool")
+    assert shards("webdataset", tmp_path / "pool") == ["0.tar", "near/1.tar"]
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    touch(tmp_path, "0.tar")
+    (tmp_path / "1.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"pool\.path: .*1\.tar"):
+        shards("webdataset", tmp_path)
+
+
+def test_http_shards_are_asked_for_one_by_one(tmp_path):
+    touch(tmp_path, "00000.tar", "00002.tar", "00002.parquet")
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_request(self, code="-", size="-"):
+            asked.append((self.command, self.path, int(code)))
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        try:
+            pool = Pool(format="webdataset", path=f"{base}/{{00000..00002}}.tar")
+            units = list_units(pool, {})
+            with pytest.raises(UserError, match=r"/00007\.tar does not exist"):
+                shards("webdataset", f"{base}/00007.tar?token=secret")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert [(unit.shard, sorted(unit.sources)) for unit in units] == [
+        ("00000.tar", ["tar"]),
+        ("00002.tar", ["sidecar", "tar"]),
+    ]
+    assert units[1].sources["tar"].bytes == len("00002.tar")
+    assert units[1].sources["tar"].url == f"{base}/00002.tar"
+    assert not [line for line in asked if line[0] == "GET" and line[2] == 200]

@@ -146,7 +146,7 @@ def test_a_file_without_rows_is_an_empty_shard(tmp_path):
 
 def test_memory_is_that_of_a_few_images_not_of_a_row_group(tmp_path):
     images = [bytes([i]) * (1 << 20) for i in range(128)]
-    unit = files(tmp_path, {"jpg": images}, use_dictionary=False, write_batch_size=8)
+    unit = files(tmp_path, {"jpg": images}, use_dictionary=False, write_batch_size=8, compression="none")
     del images
     samples = parquet.read(unit).samples
     held = [pa.total_allocated_bytes() for _ in parquet.images(unit, samples)]
