@@ -51,8 +51,8 @@ def make(folder: Path, arch: str) -> Path:
     model = open_clip.create_model(arch)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embedding" in name:
-                parameter.mul_(20)  # so that tokens and positions show in the vector
+            if "embedding" in name or "c_proj" in name:
+                parameter.mul_(20)  # so that tokens, positions and the activation show in the vector
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
