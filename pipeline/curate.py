@@ -134,12 +134,12 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
 
 def pinned(run: Run, recipe: Recipe) -> Recipe:
     """The recipe with the digests of the files it names, and the formats that its pool allows."""
-    from pipeline.encode import resolve
-
     models = {}
     for name, model in recipe.models.items():
         models[name] = model
         if isinstance(model, Network):
+            from pipeline.encode import resolve  # torch takes seconds to load, and many recipes need none
+
             found = resolve(model.arch, model.weights)
             if model.sha256 not in (None, found.sha256):
                 raise UserError(f"recipe.models.{name}: its weights have sha256 {found.sha256}, not {model.sha256}")

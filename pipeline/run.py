@@ -82,7 +82,7 @@ class Task:
         units: the shards to read, for stages that read the pool: one, or for an export any number.
         inputs: one part of each input dataset.
         listing: memo of what the unit's files hold (their listing -> their digests); for a first read.
-        export: whether the stage writes files of the run directory, and takes a list of Files.
+        many: whether the stage takes a list of Files.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Task:
     units: tuple[Unit, ...]
     inputs: tuple[Part, ...]
     listing: str | None = None
-    export: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Bench:
         content: dict[str, str] | None = None,
     ) -> list[Receipt]:
         rows = [StoredRows(self.store, part) for part in task.inputs]
-        made = self._function(task.stages)(*([files] if task.export else files), *rows)
+        made = self._function(task.stages)(*([files] if task.many else files), *rows)
         results = made if isinstance(made, list) else [made]
         return [
             commit(self.store, self.directory, stage, cast(str, key), task.name, result, content)
@@ -401,7 +401,7 @@ class Run:
         def tasks() -> Iterator[Task]:
             for i in todo:
                 mine = tuple(units[i]) if units else ()
-                yield Task(names[i], (stage,), (keys[i],), mine, tuple(d.parts[i] for d in inputs), export=True)
+                yield Task(names[i], (stage,), (keys[i],), mine, tuple(d.parts[i] for d in inputs), many=units is not None)
 
         if todo:
             for _, (receipt,) in self._do(stage.name, tasks(), len(names) - len(todo), len(names), False):

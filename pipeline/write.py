@@ -395,7 +395,7 @@ class WriteSubset:
     def build(self, machine: Machine) -> Function:
         return self.write
 
-    def write(self, files: Sequence[Files], uids: Rows) -> Made:
+    def write(self, uids: Rows) -> Made:
         total = sum(uids.lengths)
 
         def subset(path: Path) -> None:
