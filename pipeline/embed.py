@@ -71,16 +71,19 @@ class Embed:
     exact: ClassVar[bool] = False
 
     def build(self, machine: Machine) -> Function:
-        """A function from the unit's Files, samples and columns to schema.embeddings, one row per sample."""
+        """A function from the unit's Files and samples, and its columns where `spare` needs them, to schema.embeddings.
+
+        One row per sample, null where the sample has a problem or is spared.
+        """
         made_by_all = together([self], machine)
 
-        def function(files: Files, samples: Rows, columns: Rows) -> Made:
+        def function(files: Files, samples: Rows, columns: Rows | None = None) -> Made:
             return made_by_all(files, samples, columns)[0]
 
         return function
 
     @staticmethod
-    def together(stages: Sequence[Embed], machine: Machine) -> Callable[[Files, Rows, Rows], list[Made]]:
+    def together(stages: Sequence[Embed], machine: Machine) -> Callable[..., list[Made]]:
         """What run.py calls for several such stages over one unit."""
         return together(stages, machine)
 
@@ -104,7 +107,7 @@ def embed(
     )
 
 
-def together(stages: Sequence[Embed], machine: Machine) -> Callable[[Files, Rows, Rows], list[Made]]:
+def together(stages: Sequence[Embed], machine: Machine) -> Callable[..., list[Made]]:
     """Load several models that share one pass over the images.
 
     Args:
@@ -112,7 +115,7 @@ def together(stages: Sequence[Embed], machine: Machine) -> Callable[[Files, Rows
         machine: device, threads, batch sizes.
 
     Returns:
-        A function from the unit's Files, samples and columns to one Made per stage.
+        A function as that of `Embed.build`, but to one Made per stage.
 
     Raises:
         RuntimeError: this host computes in another way, or has other weights, than the stage's key says.
@@ -127,7 +130,7 @@ def together(stages: Sequence[Embed], machine: Machine) -> Callable[[Files, Rows
     rules = [rule.build(machine) for rule in first.spare]
     images = FORMATS[first.format].images
 
-    def function(files: Files, samples: Rows, columns: Rows) -> list[Made]:
+    def function(files: Files, samples: Rows, columns: Rows | None = None) -> list[Made]:
         table, clock = samples.table(), Clock()
         wanted_M = _wanted(table, columns, rules)
         halved = [encoder.halved for encoder in encoders]
@@ -222,15 +225,14 @@ def ahead(work: Callable[[T], R], values: Iterable[T], threads: int, window: int
 
 
 def _wanted(
-    samples: pa.Table, columns: Rows, rules: Sequence[Callable[[pa.Table, pa.Table], Any]]
+    samples: pa.Table, columns: Rows | None, rules: Sequence[Callable[[pa.Table, pa.Table], Any]]
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """int64 (M,): rows without a problem that no leading rule drops; each rule judges what the ones before it left."""
     row_M = np.flatnonzero(~valid(samples["problem"]))
-    if rules:
-        own = columns.table()
-        for rule in rules:
-            taken = pa.array(row_M)
-            row_M = row_M[~valid(rule(samples.take(taken), own.take(taken)).reason)]
+    own = columns.table() if columns else samples.select([])
+    for rule in rules:
+        taken = pa.array(row_M)
+        row_M = row_M[~valid(rule(samples.take(taken), own.take(taken)).reason)]
     return row_M
 
 
