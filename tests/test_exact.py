@@ -167,3 +167,12 @@ def test_an_open_cut_decides_nothing():
     keys = keys_of(np.zeros(2, np.float32))
     with pytest.raises(ValueError, match="1 groups of the cut are still open"):
         exact.taken(exact.start(np.array([1, 0]), 32), np.zeros(2, np.int32), keys)
+
+
+def test_a_sort_right_after_the_start_takes_no_more_than_there_are():
+    keys = keys_of(np.array([3.0, 1.0, 2.0], np.float32))
+    group_N = np.array([0, 2, 2], np.int32)
+    cut = exact.settle(exact.start(np.array([5, 4, 1]), 32), group_N, keys)
+    assert (cut.quota_K.tolist(), cut.undecided) == ([1, 0, 1], 0)
+    assert exact.taken(cut, group_N, keys).tolist() == [True, True, False]
+    assert exact.last_value_bits(cut)[1].tolist() == [True, False, True]

@@ -155,6 +155,11 @@ def test_every_row_of_the_sample_is_used():
     assert np.allclose(centroid_KD[0], mean / np.linalg.norm(mean), atol=1e-4)
 
 
+def test_the_length_of_the_sample_s_rows_does_not_matter():
+    centroid_KD, _ = kmeans.train(np.array([[0.25, 0], [0, 1]], np.float16), 1, 2, seed=0, threads=1)
+    assert np.allclose(centroid_KD, 0.5**0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("n", "distinct", "k"), [(20, 20, 20), (20, 20, 1), (40, 5, 16), (30, 1, 4), (3, 3, 8), (1, 1, 1), (8, 2, 8)]
 )

@@ -217,6 +217,12 @@ def test_d_inter_leaves_out_itself_by_id_so_coinciding_centroids_are_at_distance
     assert density.d_inter(twins, np.ones(3, bool), 2).tolist() == [0.5, 0.5, 1]
 
 
+def test_d_inter_of_coinciding_centroids_never_rounds_below_zero():
+    centroid = np.random.default_rng(7).normal(size=(40, 9)).astype(np.float32)
+    distance = density.d_inter(np.concatenate([centroid, centroid]), np.ones(80, bool), 1)
+    assert ((distance >= 0) & (distance < 1e-15)).all()
+
+
 def test_d_inter_in_blocks_is_the_mean_of_the_sorted_row():
     rng = np.random.default_rng(4)
     centroid = rng.normal(size=(3000, 6)).astype(np.float32)  # more than a block of rows, and not of unit norm
