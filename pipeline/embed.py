@@ -64,7 +64,7 @@ class Embed:
     precision: str
     fast_decode: bool = False
     spare: tuple[Any, ...] = ()
-    file: str | None = field(default=None, compare=False)
+    file: str | None = field(default=None, metadata={"place": True})
     name: ClassVar[str] = "embed"
     version: ClassVar[int] = 1
     outputs: ClassVar[tuple[str, ...]] = ("vectors",)
