@@ -1,5 +1,6 @@
 import os
 import threading
+from hashlib import md5
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -7,6 +8,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 
 from pipeline.errors import UserError
@@ -309,3 +311,28 @@ def test_http_shards_are_asked_for_one_by_one(tmp_path):
     assert units[1].sources["tar"].bytes == len("00002.tar")
     assert units[1].sources["tar"].url == f"{base}/00002.tar"
     assert not [line for line in asked if line[0] == "GET" and line[2] == 200]
+
+
+def test_the_choices_of_a_brace_pattern_are_sorted_too(tmp_path):
+    touch(tmp_path, "a/1.parquet", "b/1.parquet")
+    assert shards("parquet", f"{tmp_path}/{{b,a}}/1.parquet") == ["a/1.parquet", "b/1.parquet"]
+
+
+def test_a_pool_on_s3_is_listed_afresh_each_time():
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        options = {"s3": {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}}
+        fs = fsspec.filesystem("s3", **options["s3"])
+        fs.mkdir("bucket")
+        fs.pipe_file("bucket/pool/0.tar", b"12")
+        path = "s3://bucket/pool/*.tar"
+        [unit] = list_units(Pool(format="webdataset", path=path), options)
+        # Written by somebody else: this process's cached listing knows nothing of it.
+        fsspec.filesystem("s3", **options["s3"], skip_instance_cache=True).pipe_file("bucket/pool/1.tar", b"3")
+        assert shards("webdataset", path, options) == ["0.tar", "1.tar"]
+    finally:
+        server.stop()
+    source = unit.sources["tar"]
+    assert (source.url, source.bytes, source.etag) == ("s3://bucket/pool/0.tar", 2, md5(b"12").hexdigest())

@@ -39,7 +39,7 @@ def embed(files, image="img", text="txt", dims=2):
 
 
 def test_vectors_worked_by_hand(tmp_path):
-    image = np.array([[3, 4], [0, 0], [1, 0], [1, 0], [0, 2]], np.float32)
+    image = np.array([[3, 4], [0, 0], [1, 0], [0, 0], [0, 2]], np.float32)
     text = np.array([[0, 5], [1, 0], [np.inf, 0], [1, 0], [0, -7]], np.float32)
     made = embed(unit(tmp_path, ["a", "b", "c", "", "e"], img=image, txt=text))
     table = made.tables["vectors"]

@@ -44,7 +44,7 @@ def read(files: Files) -> Reading:
     """The rows of the metadata. Their key is `image_path`, the sample's key in its tar, where that is unique."""
     columns, damage = load_rows(files, "metadata")
     path = text_column(columns, "image_path")
-    unique = path is not None and path.null_count == 0 and pc.count_distinct(path).as_py() == len(path)
+    unique = path is not None and pc.count_distinct(path, mode="only_valid").as_py() == len(path)
     key = path if unique else keys_of(columns.select([]), range(len(columns)))
     return as_reading(columns, key, damage)
 
