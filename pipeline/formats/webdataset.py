@@ -160,7 +160,7 @@ def unsafe(name: str) -> str | None:
         return "is absolute"
     if "\\" in name:
         return "holds a backslash"
-    if ".." in name and ".." in name.split("/"):
+    if ".." in name.split("/"):
         return "leaves its folder"
     if len(name) > MAX_NAME_CHARS:
         return f"is longer than {MAX_NAME_CHARS} characters"

@@ -149,6 +149,11 @@ def test_a_cut_member_is_named_with_what_is_left_of_it() -> None:
     assert listing(data).faults[0].detail == "'a.jpg' is cut: 300 of 1000 bytes"
 
 
+def test_a_member_whose_extended_header_is_broken_has_no_certain_name() -> None:
+    data = corpus.pax_block(b"99 path=q\n") + corpus.member("q.jpg", b"x") + corpus.member("r.jpg", b"x") + END
+    assert [(m.name, m.intact) for m in listing(data).members] == [("q.jpg", False), ("r.jpg", True)]
+
+
 def test_a_second_archive_after_the_end_is_said_to_be_listed() -> None:
     first = corpus.healthy(corpus.KEYS[:1])
     fault = listing(first + corpus.healthy(corpus.KEYS[1:])).faults[0]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.formats.reading import Reading
 from pipeline.formats.tar import END, member_header
 from pipeline.images import MAX_BYTES
 from pipeline.schema import PROBLEMS, SAMPLE_PROBLEMS, SAMPLES, SHARD_PROBLEMS
-from pipeline.stage import Source
+from pipeline.stage import LocalFile, Source
 from tests import corpus
 from tests.corpus import OnDisk, Shard
 
@@ -182,6 +183,17 @@ def test_a_caption_that_is_not_utf8_is_shown_with_replacements(tmp_path: Path) -
     assert details(result)[0][3] == ".txt is not UTF-8: unexpected end of data at byte 3"
 
 
+def test_a_nul_in_a_caption_is_replaced(tmp_path: Path) -> None:
+    data = Shard().add("0.jpg", b"i").add("0.txt", b"a\0b").add("1.jpg", b"i").add("1.txt", b"a\0\xff").closed()
+    assert [row["caption"] for row in rows(reading(tmp_path, data))] == ["a\ufffdb", "a\ufffd\ufffd"]
+
+
+def test_the_earlier_problem_of_the_order_is_the_rows(tmp_path: Path) -> None:
+    result = reading(tmp_path, corpus.member("../x.jpg", b"i" * 900)[:-512])
+    assert [row["problem"] for row in rows(result)] == ["unsafe_name"]
+    assert "damaged_member: '../x.jpg' is cut" in details(result)[1][3]
+
+
 def test_a_broken_json_leaves_the_caption_of_the_txt_in_the_row(tmp_path: Path) -> None:
     [row] = rows(reading(tmp_path, Shard().add("0.jpg", b"i").add("0.txt", b"words").add("0.json", b"{").closed()))
     assert (row["problem"], row["caption"]) == ("bad_metadata", "words")
@@ -331,6 +343,27 @@ def test_images_come_in_the_order_of_the_rows_asked_for(tmp_path: Path, count: i
     order = [count, *reversed(range(count))]
     expected = [None, *(corpus.parts(key)["jpg"] for key in reversed(keys))]
     assert list(webdataset.images(files, samples.take(order))) == expected
+
+
+@dataclass(frozen=True)
+class Fetched(OnDisk):
+    """Remembers what was fetched whole."""
+
+    whole: list[str] = field(default_factory=list)
+
+    def open(self, role: str) -> LocalFile:
+        self.whole.append(role)
+        return super().open(role)
+
+
+def test_a_shard_is_fetched_whole_for_many_images_only(tmp_path: Path) -> None:
+    files = Fetched(opened(tmp_path, Shard().samples(f"{i:03d}" for i in range(100)).closed()).paths)
+    samples = webdataset.read(files).samples
+    files.whole.clear()
+    assert len(list(webdataset.images(files, samples.slice(0, 64)))) == 64
+    assert files.whole == []
+    assert len(list(webdataset.images(files, samples))) == 100
+    assert files.whole == ["tar"]
 
 
 def test_a_tar_that_shrank_after_it_was_listed_is_an_error_of_storage(tmp_path: Path) -> None:
