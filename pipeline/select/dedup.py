@@ -39,7 +39,6 @@ BUCKET_ROWS = 1 << 20
 """Rows that one task compares, unless a single cluster has more: 1 GB of vectors at 512 dims."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
-NEGATIVE_ZERO = np.uint16(0x8000)
 DENSE = 8  # near-tied pairs per row, above which one float64 product of the block is cheaper than pairs
 
 
@@ -161,14 +160,12 @@ def _nothing(rows: int) -> tuple[Float32s, NDArray[np.int64]]:
 
 
 def _first_copies(vec_ND: VecRows, block_rows: int) -> NDArray[np.int64]:
-    """Place of the first row with the same values, by digest so that no rows are held: int64, shape (N,)."""
+    """Place of the first row with the same bytes, by digest so that no rows are held: int64, shape (N,)."""
     first_N = np.empty(len(vec_ND), np.int64)
     seen: dict[bytes, int] = {}
     for start in range(0, len(vec_ND), block_rows):
-        bits_BD = np.array(vec_ND[start : start + block_rows], order="C").view(np.uint16)
-        bits_BD[bits_BD == NEGATIVE_ZERO] = 0
-        for place, vec_D in enumerate(bits_BD, start):
-            first_N[place] = seen.setdefault(hashlib.blake2b(vec_D, digest_size=16).digest(), place)
+        for place, vec_D in enumerate(np.ascontiguousarray(vec_ND[start : start + block_rows]), start):
+            first_N[place] = seen.setdefault(hashlib.blake2b(vec_D.data, digest_size=16).digest(), place)
     return first_N
 
 

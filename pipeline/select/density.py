@@ -24,7 +24,7 @@ from pipeline.step import RULE, Base, Keep, Outcome, Step, places_in
 from pipeline.vectors import Bools, Float32s, Float64s, draw, norms, ordered_bits
 
 CELLS = 2**22  # cosines held at a time: 32 MiB
-FUZZ = 1e-9  # of a sample: a real-valued quota nearer than this to an integer is that integer
+REMAINDER_STEP = 1e-9  # of a sample
 
 
 def d_inter(centroid_KD: Float32s, live_K: Bools, neighbours: int) -> Float64s:
@@ -148,11 +148,10 @@ def allocate(target_K: Float64s, low_K: NDArray[np.int64], high_K: NDArray[np.in
         ValueError: no quotas within the bounds sum to `total`.
     """
     real_K, _ = project(target_K, low_K, high_K, total)
-    whole_K = np.rint(real_K)
-    fuzzy_K = np.abs(real_K - whole_K) <= np.maximum(FUZZ, 8 * np.spacing(real_K))
-    quota_K = np.where(fuzzy_K, whole_K, np.floor(real_K)).astype(np.int64)
-    # Remainders are compared in steps of FUZZ, so that equal ones tie whatever their last bits are.
-    remainder_K = np.where(fuzzy_K, 0, np.rint((real_K - quota_K) / FUZZ))
+    quota_K = np.floor(real_K).astype(np.int64)
+    # Compared in steps, so that equal remainders tie whatever their last bits are, and a whole number that rounding
+    # put just below itself has the largest remainder of all.
+    remainder_K = np.rint((real_K - quota_K) / REMAINDER_STEP)
     quota_K[np.argsort(-remainder_K, kind="stable")[: total - int(quota_K.sum())]] += 1
     return quota_K
 
