@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +45,9 @@ LOOK_S = 10.0
 
 REPORT_S = 60.0
 """Between lines in the log that say what is waited for."""
+
+CONNECT_S = 10.0
+"""For the head of a cluster to answer."""
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a local Ray. It wants 75 MiB at least; where /dev/shm is smaller it takes the disk, which is as good here."""
@@ -330,12 +335,22 @@ def _start(machine: Machine) -> None:
 
 def _connect(address: str) -> None:
     """Join a cluster that somebody else started."""
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not re.fullmatch(r"[^/]+:\d+", address):
+        raise UserError(f"RAY_ADDRESS: {address}: not host:port of a head; to a dashboard, use `ray job submit`")
+    try:
+        # Ray itself tries for many minutes.
+        if address != "auto":
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"RAY_ADDRESS: {address}: no Ray cluster answers: {error}") from None
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         log.warning("RAY_AUTH_MODE is not token: who reaches a Ray cluster without tokens can run any code on it")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise UserError(f"no Ray cluster can be used at {address}: {_line(error)}") from None
+        hint = "; is RAY_AUTH_MODE=token set, and is RAY_AUTH_TOKEN the cluster's?"
+        raise UserError(f"RAY_ADDRESS: {address}: {_line(error)}{hint}") from None
 
 
 def _answer(ref: Any) -> Any | Failure | RayError:
@@ -350,5 +365,7 @@ def _answer(ref: Any) -> Any | Failure | RayError:
 
 
 def _line(error: object) -> str:
+    """Its text in one line: the start, which names what happened, and the end, where Ray puts the cause."""
     text = error.cause if isinstance(error, Failure) else str(error)
-    return " ".join(text.split())[:500]
+    line = " ".join(re.sub(r"\x1b\[\d*m", "", text).split())
+    return line if len(line) <= 600 else f"{line[:300]} ... {line[-300:]}"

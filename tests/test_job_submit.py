@@ -1,0 +1,173 @@
+"""A job submitted to a head with a dashboard and a token, as on a cluster; and a driver that is interrupted."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.machine import Machine
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+SCRIPT = """
+from pipeline.machine import Machine
+from pipeline.ray_executor import RayExecutor
+from toy_workers import Environment
+
+executor = RayExecutor(Machine(threads=1))
+answers = sorted(executor.each(Environment(), ["RAY_AUTH_MODE", "OMP_NUM_THREADS"]))
+executor.close()
+print("answers", answers)
+"""
+
+SLEEPER = """
+import sys
+from pipeline.machine import Machine
+from pipeline.ray_executor import RayExecutor
+from tests.toy_workers import Fatal
+
+executor = RayExecutor(Machine(threads=1, workers=2))
+try:
+    list(executor.each(Fatal(sys.argv[1]), [("sleep", 600.0), ("sleep", 601.0)]))
+finally:
+    executor.close()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def status(url: str, token: str | None) -> int:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+    except OSError:
+        return 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a user with an empty home and a token in the environment, whatever Ray this process itself has used."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    home = tmp_path / "home"
+    home.mkdir()
+    return kept | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.fixture
+def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head of two CPUs in a process group of its own, which is all that is ended afterwards."""
+    environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    port, dashboard = free_port(), free_port()
+    # Not in pytest's folder: the path of a Unix socket has at most 107 characters.
+    folder = Path("/tmp") / f"ray-{os.getpid()}-{secrets.token_hex(2)}"
+    command = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--temp-dir={folder}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--object-store-memory=100000000"),
+        *(f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"),
+    ]
+    with subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            url = f"http://127.0.0.1:{dashboard}"
+            wait_for(lambda: status(f"{url}/api/version", environment["RAY_AUTH_TOKEN"]) == 200, 90)
+            yield url, environment
+        finally:
+            process.terminate()  # --block ends what it started
+            process.wait(60)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_submitted_job_runs_and_nobody_gets_in_without_the_token(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    url, environment = head
+    for path in ("/api/version", "/api/jobs/"):
+        assert status(url + path, None) in (401, 403)
+        assert status(url + path, "0" * 64) in (401, 403)
+        assert status(url + path, environment["RAY_AUTH_TOKEN"]) == 200
+    job = tmp_path / "job"
+    shutil.copytree(ROOT / "pipeline", job / "pipeline", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
+    shutil.copy(ROOT / "tests" / "toy_workers.py", job)
+    (job / "script.py").write_text(SCRIPT)
+    submit = [
+        str(BIN / "ray"),
+        "job",
+        "submit",
+        "--address",
+        url,
+        "--working-dir",
+        str(job),
+        "--",
+        "python",
+        "script.py",
+    ]
+    done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "answers [(0, 'token'), (1, '1')]" in done.stdout
+
+
+def test_an_interrupted_driver_ends_within_five_seconds_and_leaves_no_token_behind(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    command = [sys.executable, "-c", SLEEPER, str(marks)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as driver:
+        wait_for(lambda: len(list(marks.iterdir())) == 2, 90)
+        began = time.monotonic()
+        driver.send_signal(signal.SIGINT)
+        _, errors = driver.communicate(timeout=30)
+        assert time.monotonic() - began < 5
+    assert driver.returncode != 0 and "KeyboardInterrupt" in errors
+    assert list(Path(environment["HOME"]).rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:9", "no Ray cluster answers"),
+        ("http://127.0.0.1:8265", "not host:port of a head; to a dashboard, use `ray job submit`"),
+        ("somewhere", "not host:port of a head"),
+    ],
+)
+def test_an_address_without_a_cluster_is_the_users_mistake(address: str, message: str) -> None:
+    from pipeline.ray_executor import RayExecutor
+
+    with pytest.raises(UserError, match=rf"^RAY_ADDRESS: {address}: {message}"):
+        RayExecutor(Machine(), address)
