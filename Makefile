@@ -1,0 +1,36 @@
+# Everything lives in .venv; a bare machine needs python3 (3.10 or newer) with venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test fast check clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,sample]'
+	touch $@
+
+# A real sample pool, the demo recipe on it, the funnel and the report.
+demo: $(STAMP)
+	test -d demo/pool || $(BIN)/pairsieve sample demo/pool
+	$(BIN)/pairsieve run conf/recipes/demo.yaml --run demo/run --machine conf/machines/laptop.yaml
+
+# All that CI runs.
+test: $(STAMP) check
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+	$(BIN)/python -m pytest -m 'not browser and not ray and not slow'
+	$(BIN)/python -m pytest -m 'browser or ray or slow'
+
+# The fast set alone.
+fast: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo .venv
