@@ -16,6 +16,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 
+from pipeline import tiny
 from pipeline.encode import Encoder, Framing, Numerics, Weights, batches, in_halves, numerics, resolve
 from pipeline.errors import UserError
 from pipeline.machine import Machine
@@ -126,6 +127,17 @@ def test_equal_captions_go_through_the_tower_once(encoders: dict[str, Encoder]) 
     handle.remove()
     assert seen == [2]
     assert np.array_equal(vec_ND[0], vec_ND[2]) and not np.array_equal(vec_ND[0], vec_ND[1])
+
+
+def test_tiny_equals_open_clip_called_by_hand() -> None:
+    encoder = Encoder(resolve(None, "tiny"), FLOAT32, 1)
+    model, transform, _ = by_hand(tiny.ARCH, tiny.WEIGHTS)
+    tokenizer = open_clip.get_tokenizer(tiny.ARCH, bpe_path=str(tiny.BPE))
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([transform(image) for image in pictures()])).numpy()
+        texts = model.encode_text(tokenizer(CAPTIONS)).numpy()
+    assert cosines(encoder.images(frames(encoder, pictures()))(), images).min() > 0.9999
+    assert cosines(encoder.texts(CAPTIONS, 4), texts).min() > 0.9999
 
 
 def test_batches_by_hand() -> None:
