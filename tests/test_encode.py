@@ -84,6 +84,7 @@ def test_images_equal_open_clip_called_by_hand(arch: str, files: dict[str, Path]
     assert vec_ND.dtype == np.float32
     assert vec_ND.shape == (len(images), encoders[arch].dims)
     assert cosines(vec_ND, expected).min() > 0.99999
+    assert np.abs(vec_ND - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("arch", models.CONFIGS)
