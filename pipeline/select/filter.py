@@ -6,13 +6,14 @@ Source: DataComp's basic filter (arXiv:2304.14108, appendix; methods.md 5.3), wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.select.judge import judged
 from pipeline.state import Verdict
@@ -43,15 +44,23 @@ class Column:
 
 @dataclass(frozen=True, config=RULE)
 class Language:
-    """Which languages are kept, and the metadata column that names each sample's.
+    """Which languages are kept, and what says a sample's: a column of the pool, or a detector.
 
     Attributes:
-        keep: codes as the column spells them.
+        keep: codes as the column spells them, or as the detector does (en, de, zh, ...).
         column: the column.
+        detector: cld3 reads the caption, as LAION and DataComp's laion2b baseline did (up to 1,000 bytes).
     """
 
     keep: list[str]
-    column: str
+    column: str | None = None
+    detector: Literal["cld3"] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Language:
+        if (self.column is None) == (self.detector is None):
+            raise ValueError("language needs one of column and detector")
+        return self
 
 
 @dataclass(frozen=True, config=RULE)
@@ -91,7 +100,8 @@ class Filter:
             name: pa.float64() if c.equals is None and c.not_in is None else pa.string()
             for name, c in (self.columns or {}).items()
         }
-        return named | ({self.language.column: pa.string()} if self.language else {})
+        own = self.language.column if self.language else None
+        return named | ({own: pa.string()} if own else {})
 
     def apply(self, step: Step) -> Outcome:
         for name in self.uses_columns():
@@ -99,25 +109,38 @@ class Filter:
         return Outcome(judged(step, self))
 
     def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
-        return self.judge
+        detect = cld3() if self.language and self.language.detector else None
 
-    def judge(self, samples: pa.Table, columns: pa.Table) -> Verdict:
+        def judge(samples: pa.Table, columns: pa.Table) -> Verdict:
+            return self.judge(samples, columns, detect)
+
+        return judge
+
+    def judge(self, samples: pa.Table, columns: pa.Table, detect: Callable[[str], str] | None = None) -> Verdict:
         """The verdict on each row of one unit.
 
         Args:
             samples: schema.SAMPLES.
             columns: the unit's metadata, aligned.
+            detect: language of a caption, where the rule names a detector.
         """
+        return _verdict(self.checks(samples, columns), samples.num_rows)
+
+    def checks(self, samples: pa.Table, columns: pa.Table) -> list[Check]:
+        """Every condition on the rows of one unit, in the order in which they are tried."""
         checks = [*self._captions(samples), *self._sides(samples)]
         if self.language:
-            text = table_texts(columns, self.language.column)
+            if detect:
+                text = [None if c is None else detect(c) for c in samples.column("caption").to_pylist()]
+            else:
+                text = table_texts(columns, self.language.column or "")
             fails = np.array([t not in self.language.keep for t in text], bool)
-            checks.append(_Check("language", np.array([t is None for t in text], bool), fails, None, None))
+            checks.append(Check("language", np.array([t is None for t in text], bool), fails, None, None))
         for name, bounds in (self.columns or {}).items():
             checks += _column(columns, name, bounds)
-        return _verdict(checks, samples.num_rows)
+        return checks
 
-    def _captions(self, samples: pa.Table) -> list[_Check]:
+    def _captions(self, samples: pa.Table) -> list[Check]:
         if self.min_words is None and self.min_chars is None:
             return []
         captions = samples.column("caption").to_pylist()
@@ -125,9 +148,9 @@ class Filter:
         words = np.array([len(c.split()) if c else 0 for c in captions], np.float64)
         chars = np.array([len(c) if c else 0 for c in captions], np.float64)
         bounds = (("min_words", words, self.min_words), ("min_chars", chars, self.min_chars))
-        return [_Check(key, missing, have < least, have, least) for key, have, least in bounds if least is not None]
+        return [Check(key, missing, have < least, have, least) for key, have, least in bounds if least is not None]
 
-    def _sides(self, samples: pa.Table) -> list[_Check]:
+    def _sides(self, samples: pa.Table) -> list[Check]:
         if self.min_side_px is None and self.max_aspect is None:
             return []
         width, height = (_pixels(samples, side) for side in ("width", "height"))
@@ -135,15 +158,15 @@ class Filter:
         short, long = np.fmin(width, height), np.fmax(width, height)
         checks = []
         if self.min_side_px is not None:
-            checks.append(_Check("min_side_px", missing, short < self.min_side_px, short, self.min_side_px))
+            checks.append(Check("min_side_px", missing, short < self.min_side_px, short, self.min_side_px))
         if self.max_aspect is not None:
             # As a product, so that 600 x 200 is exactly 3.0 and not a rounding above it.
             aspect = np.divide(long, short, out=np.full(len(short), np.inf), where=short > 0)
-            checks.append(_Check("max_aspect", missing, long > self.max_aspect * short, aspect, self.max_aspect))
+            checks.append(Check("max_aspect", missing, long > self.max_aspect * short, aspect, self.max_aspect))
         return checks
 
 
-class _Check:
+class Check:
     """One condition on N rows: which lack the value, which fail it, what was measured against what."""
 
     def __init__(
@@ -167,29 +190,29 @@ def _pixels(samples: pa.Table, side: str) -> np.ndarray:
     return np.where(both, first, second)
 
 
-def _column(columns: pa.Table, name: str, bounds: Column) -> list[_Check]:
+def _column(columns: pa.Table, name: str, bounds: Column) -> list[Check]:
     checks = []
     key = f"columns.{name}"
     if bounds.min is not None or bounds.max is not None:
         value = table_numbers(columns, name)
         missing = ~np.isfinite(value)
         if bounds.min is not None:
-            checks.append(_Check(key, missing, value < bounds.min, value, bounds.min))
+            checks.append(Check(key, missing, value < bounds.min, value, bounds.min))
         if bounds.max is not None:
-            checks.append(_Check(key, missing, value > bounds.max, value, bounds.max))
+            checks.append(Check(key, missing, value > bounds.max, value, bounds.max))
     if bounds.equals is not None or bounds.not_in is not None:
         text = table_texts(columns, name)
         missing = np.array([t is None for t in text], bool)
         if bounds.equals is not None:
             wanted = as_text(bounds.equals)
-            checks.append(_Check(key, missing, np.array([t != wanted for t in text], bool), None, None))
+            checks.append(Check(key, missing, np.array([t != wanted for t in text], bool), None, None))
         if bounds.not_in is not None:
             refused = {as_text(v) for v in bounds.not_in}
-            checks.append(_Check(key, missing, np.array([t in refused for t in text], bool), None, None))
+            checks.append(Check(key, missing, np.array([t in refused for t in text], bool), None, None))
     return checks
 
 
-def _verdict(checks: list[_Check], rows: int) -> Verdict:
+def _verdict(checks: list[Check], rows: int) -> Verdict:
     reason = np.full(rows, None, object)
     value, threshold = np.full(rows, np.nan), np.full(rows, np.nan)
     failing: dict[str, np.ndarray] = {}
