@@ -124,9 +124,9 @@ class Filter:
             columns: the unit's metadata, aligned.
             detect: language of a caption, where the rule names a detector.
         """
-        return _verdict(self.checks(samples, columns), samples.num_rows)
+        return _verdict(self.checks(samples, columns, detect), samples.num_rows)
 
-    def checks(self, samples: pa.Table, columns: pa.Table) -> list[Check]:
+    def checks(self, samples: pa.Table, columns: pa.Table, detect: Callable[[str], str] | None = None) -> list[Check]:
         """Every condition on the rows of one unit, in the order in which they are tried."""
         checks = [*self._captions(samples), *self._sides(samples)]
         if self.language:
@@ -164,6 +164,20 @@ class Filter:
             aspect = np.divide(long, short, out=np.full(len(short), np.inf), where=short > 0)
             checks.append(Check("max_aspect", missing, long > self.max_aspect * short, aspect, self.max_aspect))
         return checks
+
+
+def cld3() -> Callable[[str], str]:
+    """The language that CLD3 finds most likely in a text, as a code such as `en`; `und` where it finds none.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        import gcld3
+    except ImportError:
+        raise UserError("filter.language.detector: needs the extra: pip install 'pairsieve[language]'") from None
+    identifier = gcld3.NNetLanguageIdentifier(min_num_bytes=0, max_num_bytes=1000)
+    return lambda text: str(identifier.FindLanguage(text=text).language)
 
 
 class Check:
