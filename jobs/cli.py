@@ -5,12 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs import curate, entry
+from jobs import curate, doctor, entry, explain, gc, sample, status, train_filter, verify
+
+COMMANDS = (
+    curate.run,
+    explain.explain,
+    verify.verify,
+    status.status,
+    sample.sample,
+    doctor.doctor,
+    train_filter.train_filter,
+    gc.gc,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
-    return entry.main([curate.run], argv)
+    return entry.main(COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from rich.table import Table
 from jobs.entry import DONE, TOO_DAMAGED, main
 from jobs.progress import progress
 from pipeline.curate import Curated, curate
+from pipeline.errors import UserError
 from pipeline.executor import Executor, Serial
 from pipeline.machine import Machine, load_machine
 from pipeline.recipe import load_recipe, resolved
-from pipeline.run import Run
+from pipeline.run import FAILED, LOOSE, MANIFESTS, SEGMENTS, Run
 from pipeline.storage import Root, redacted
 
 
@@ -31,6 +32,9 @@ def run(
     executor: Annotated[
         Literal["serial", "ray"], typer.Option(help="Ray: the cluster at RAY_ADDRESS, else a local one.")
     ] = "ray",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Go on with a run that is there and not finished; start none.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe with every default, and stop.")] = False,
 ) -> int:
     """Curate a pool: read, embed, select, decide, write, report."""
@@ -40,10 +44,12 @@ def run(
         return DONE
     where = (run or f"runs/{recipe.stem}").rstrip("/")
     here = load_machine(machine)
+    directory, kept_in = Root(where, here.storage_options), Root(store or f"{where}/store", here.storage_options)
+    if retry_failed:
+        check_unfinished(directory, kept_in)
     workers = executor_of(executor, here)
     try:
-        kept_in = Root(store or f"{where}/store", here.storage_options)
-        curated = curate(Run(kept_in, Root(where, here.storage_options), workers, here, progress()), wanted)
+        curated = curate(Run(kept_in, directory, workers, here, progress()), wanted)
     finally:
         workers.close()
     show(curated, where)
@@ -59,6 +65,18 @@ def executor_of(name: str, machine: Machine) -> Executor:
     return RayExecutor(machine)
 
 
+def check_unfinished(directory: Root, store: Root) -> None:
+    """See that there is something to go on with.
+
+    Raises:
+        UserError: the run is finished, or nothing of it is there.
+    """
+    if directory.bytes("checksums.sha256") is not None:
+        raise UserError(f"--retry-failed: {redacted(directory.url)} is finished, nothing failed")
+    if not any(store.list(folder) for folder in (FAILED, MANIFESTS, SEGMENTS, LOOSE)):
+        raise UserError(f"--retry-failed: {redacted(directory.url)} holds no unfinished run; leave the flag out")
+
+
 def show(curated: Curated, where: str) -> None:
     """Print the funnel, the report's path, and whether the damage is over the limit."""
     table = Table("step", "in", "out", "kept", box=None, pad_edge=False)
@@ -71,9 +89,8 @@ def show(curated: Curated, where: str) -> None:
     print(f"{curated.kept:,} of {curated.listed:,} samples kept")
     print(f"report: {redacted(where)}/report/index.html")
     if curated.unreadable or curated.damaged:
-        print(
-            f"problems: {curated.unreadable:,} samples, {curated.damaged:,} of {curated.shards:,} shards; see {redacted(where)}/problems"
-        )
+        found = f"{curated.unreadable:,} samples, {curated.damaged:,} of {curated.shards:,} shards"
+        print(f"problems: {found}; see {redacted(where)}/problems")
     if curated.too_damaged:
         print("pairsieve: finished, but more input was damaged than the recipe's limits allow", file=sys.stderr)
 

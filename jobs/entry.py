@@ -27,7 +27,11 @@ class Terminated(BaseException):
 
 def main(commands: Sequence[Callable[..., int]], argv: Sequence[str] | None = None) -> int:
     """Run a command line of one command, or of several named after their functions; the exit code."""
-    app = typer.Typer(add_completion=False, no_args_is_help=len(commands) > 1, pretty_exceptions_enable=False)
+    several = len(commands) > 1
+    # Plain text, not boxes: a message has to survive a log file.
+    app = typer.Typer(
+        add_completion=False, no_args_is_help=several, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
     for command in commands:
         app.command(name=command.__name__.replace("_", "-").removesuffix("-"))(guarded(command))
     try:
@@ -43,6 +47,7 @@ def guarded(command: Callable[..., int]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **keys: Any) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells of every library that it tries
         signal.signal(signal.SIGTERM, _terminate)
         raise typer.Exit(attempted(lambda: command(*args, **keys)))
 

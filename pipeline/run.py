@@ -39,6 +39,12 @@ T = TypeVar("T")
 SEGMENT_PARTS = 4096
 """Loose receipts of one stage that are compacted into one object (design.md, commit protocol)."""
 
+MANIFESTS, SEGMENTS, LOOSE, PARTS = "manifests", "segments", "receipts", "parts"
+"""Folders of a store, each with a folder for each stage."""
+
+LISTED, FAILED = "listed", "failed"
+"""Folders of a store: memos of what was read, and for each stage with failures their record."""
+
 RECEIPTS = pa.schema([("key", pa.string()), ("receipt", pa.string())])
 
 Receipt = dict[str, Any]
@@ -165,11 +171,11 @@ class _Bench:
 
 
 def _listed(key: str) -> str:
-    return f"listed/{key[:2]}/{key}.json"
+    return f"{LISTED}/{key[:2]}/{key}.json"
 
 
 def _receipt_path(stage: str, key: str) -> str:
-    return f"receipts/{stage}/{key[:2]}/{key}.json"
+    return f"{LOOSE}/{stage}/{key[:2]}/{key}.json"
 
 
 def read_receipt(store: Root, stage: Stage, key: str) -> Receipt | None:
@@ -195,7 +201,7 @@ def commit(
     for output, table in sorted(made.tables.items()):
         data = to_parquet(table) if made.buckets is None else to_shuffle(table, made.buckets)
         sha256 = _sha256(data)
-        path = f"parts/{stage.name}/{key[:2]}/{key}-{output}-{sha256[:16]}"
+        path = f"{PARTS}/{stage.name}/{key[:2]}/{key}-{output}-{sha256[:16]}"
         store.write(path, data)
         files[output] = {
             "path": path,
@@ -401,7 +407,9 @@ class Run:
         def tasks() -> Iterator[Task]:
             for i in todo:
                 mine = tuple(units[i]) if units else ()
-                yield Task(names[i], (stage,), (keys[i],), mine, tuple(d.parts[i] for d in inputs), many=units is not None)
+                yield Task(
+                    names[i], (stage,), (keys[i],), mine, tuple(d.parts[i] for d in inputs), many=units is not None
+                )
 
         if todo:
             for _, (receipt,) in self._do(stage.name, tasks(), len(names) - len(todo), len(names), False):
@@ -441,12 +449,12 @@ class Run:
         found: dict[str, Receipt] = {}
         if not wanted:
             return found
-        for folder in (f"segments/{stage.name}", f"manifests/{stage.name}"):
+        for folder in (f"{SEGMENTS}/{stage.name}", f"{MANIFESTS}/{stage.name}"):
             for path in self.store.list(folder):
                 if len(found) == len(wanted):
                     return found
                 found.update(_unpack(self.store.read(path), wanted))
-        for path in self.store.list(f"receipts/{stage.name}"):
+        for path in self.store.list(f"{LOOSE}/{stage.name}"):
             key = path.rpartition("/")[2].removesuffix(".json")
             if key in wanted and key not in found:
                 found[key] = json.loads(self.store.read(path))
@@ -456,7 +464,7 @@ class Run:
         try:
             return cast("list[str | None]", json.loads(self.store.read(_listed(digest(listings)))))
         except FileNotFoundError:
-            have = set(self.store.list("listed"))
+            have = set(self.store.list(LISTED))
         return [
             json.loads(self.store.read(_listed(listing)))[0] if _listed(listing) in have else None
             for listing in listings
@@ -499,11 +507,13 @@ class Run:
         self.times.append({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
         log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
         if failed:
+            record = [{"name": name, "cause": failure.cause} for name, failure in failed]
+            self.store.write(_failed(title.partition(" ")[0]), canonical(record))
             raise _failure(title, failed)
 
     def _compact(self, stage: str, receipts: list[Receipt]) -> None:
         data = _pack(receipts)
-        self.store.write(f"segments/{stage}/{_sha256(data)[:32]}.parquet", data)
+        self.store.write(f"{SEGMENTS}/{stage}/{_sha256(data)[:32]}.parquet", data)
         for receipt in receipts:
             self.store.delete(_receipt_path(stage, receipt["key"]))
 
@@ -512,7 +522,8 @@ class Run:
     ) -> dict[str, Dataset]:
         path = _manifest(stage, keys)
         if self.store.bytes(path) is None:
-            self.store.write(path, _pack([found[k] for k in dict.fromkeys(keys)]))
+            self.store.write(path, _pack([found[k] for k in keys]))
+        self.store.delete(_failed(stage.name))
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
         return {
@@ -523,8 +534,13 @@ class Run:
         }
 
 
+def _failed(stage: str) -> str:
+    """Where the units are named that a stage could not make, until a rerun makes them."""
+    return f"{FAILED}/{stage}.json"
+
+
 def _manifest(stage: Stage, keys: Sequence[str]) -> str:
-    return f"manifests/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
+    return f"{MANIFESTS}/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
 
 
 def _pack(receipts: Sequence[Receipt]) -> bytes:
@@ -536,6 +552,11 @@ def _unpack(data: bytes, wanted: set[str] | None = None) -> dict[str, Receipt]:
     table = pq.read_table(io.BytesIO(data))
     pairs = zip(table.column("key").to_pylist(), table.column("receipt").to_pylist(), strict=True)
     return {k: json.loads(r) for k, r in pairs if wanted is None or k in wanted}
+
+
+def in_order(data: bytes) -> list[Receipt]:
+    """The receipts that a manifest or a segment holds; those of a manifest in the order of the dataset's parts."""
+    return list(map(json.loads, pq.read_table(io.BytesIO(data), columns=["receipt"]).column("receipt").to_pylist()))
 
 
 def _part(name: str, receipt: Receipt, output: str) -> Part:

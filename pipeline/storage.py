@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
@@ -32,6 +32,9 @@ BLOCK_BYTES = 1 << 20
 ATTEMPTS = 6
 """Tries of one storage call; with doubling, jittered pauses from 0.2 s they last some 12 s (reliability.md S9)."""
 
+TEMPORARY = ".tmp-"
+"""What the name of a file begins with that is still being written."""
+
 COMPRESSED = (".gz", ".tgz")
 
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
@@ -44,7 +47,7 @@ def scheme_of(url: str) -> str:
         UserError: the scheme is not one of SCHEMES, or the URL chains several (`::`).
     """
     name = url.split("://", 1)[0] if "://" in url else "file"
-    if "::" in url or name not in SCHEMES or url.startswith("pipe:"):
+    if "::" in url or name not in SCHEMES or url.startswith(("pipe:", "data:")):
         raise UserError(f"{redacted(url)}: only these are read and written: a local path, {', '.join(SCHEMES[2:])}")
     return name
 
@@ -139,6 +142,12 @@ class Root:
                 return file.read() if stop is None else file.read(stop - (start or 0))
         return bytes(persistently(lambda: self._fs.cat_file(f"{self._base}/{path}", start=start, end=stop)))
 
+    def open(self, path: str) -> BinaryIO:
+        """A file for reading, seekable; of an object store it is fetched in blocks, as they are asked for."""
+        if self._local:
+            return open(self._local / path, "rb")
+        return cast(BinaryIO, persistently(lambda: self._fs.open(f"{self._base}/{path}", "rb")))
+
     def write(self, path: str, data: bytes | memoryview) -> None:
         """Put a whole file in place of whatever is there."""
         if self._local:
@@ -203,7 +212,7 @@ class Root:
             found: dict[str, int] = {}
             for where, _, names in os.walk(self._local / folder):
                 for name in names:
-                    if not name.startswith(".tmp-"):
+                    if not name.startswith(TEMPORARY):
                         full = Path(where) / name
                         found[full.relative_to(self._local).as_posix()] = full.stat().st_size
             return dict(sorted(found.items()))
@@ -229,7 +238,7 @@ class Root:
     @contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+        temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             yield temporary
         finally:
@@ -308,10 +317,15 @@ class UnitFiles:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a local file, read in blocks."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Hex digest of an open file, read in blocks."""
+    digest = hashlib.sha256()
+    while block := file.read(BLOCK_BYTES):
+        digest.update(block)
     return digest.hexdigest()
 
 

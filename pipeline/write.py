@@ -240,7 +240,7 @@ def copy_members(
         out: the tar being written.
     """
     members = [m for row in samples.column("members").to_pylist() for m in row]
-    data = _members(files, [(m["offset"], m["offset"] + m["bytes"]) for m in members])
+    data = member_bytes(files, [(m["offset"], m["offset"] + m["bytes"]) for m in members])
     for old, new, note, row in zip(
         samples.column("key").to_pylist(), keys, notes, samples.column("members").to_pylist(), strict=True
     ):
@@ -253,7 +253,7 @@ def copy_members(
             out.write(padding(len(body)))
 
 
-def _members(files: Files, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+def member_bytes(files: Files, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
     """The bytes of each range; neighbours that lie close together are read at once."""
     runs: list[list[tuple[int, int]]] = []
     for start, stop in ranges:

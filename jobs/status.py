@@ -1,0 +1,46 @@
+"""`pairsieve status`, also `python -m jobs.status`: what is done, running, failed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.entry import DONE, main
+from pipeline.errors import UserError
+from pipeline.machine import load_machine
+from pipeline.status import status as status_of
+from pipeline.storage import Root, redacted
+
+
+def status(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The run directory.")],
+    store: Annotated[str | None, typer.Option(help="Its store. [default: DIR/store]")] = None,
+    machine: Annotated[str | None, typer.Option(help="Machine file, for storage options.")] = None,
+) -> int:
+    """Show what is done, running and failed; during a run too, from any other process."""
+    options = load_machine(machine).storage_options
+    where = Root(directory, options)
+    found = status_of(where, Root(store or f"{where.url}/store", options))
+    if not (found.finished or found.stages or found.times):
+        raise UserError(f"{redacted(directory)}: no run is here, and nothing in its store (is it elsewhere? --store)")
+    table = Table("stage", "datasets", "parts", "state", box=None, pad_edge=False)
+    for stage in found.stages:
+        more = f" ({stage.pending:,} parts so far)" if stage.state == "under way" else ""
+        table.add_row(stage.stage, f"{stage.datasets:,}", f"{stage.parts:,}", stage.state + more)
+    Console(width=100).print(table)
+    for stage in found.stages:
+        for unit, cause in stage.failed:
+            print(f"failed: {stage.stage}: {unit}: {cause}")
+    if found.times:
+        seconds = sum(stage["seconds"] for stage in found.times["stages"])
+        print(f"last finished run: {len(found.times['stages'])} stages computed in {seconds:,.1f} s")
+    print("finished" if found.finished else "not finished")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main([status]))
