@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """One committed object.
 
@@ -141,8 +141,7 @@ class Dataset:
             self.stage,
             self.key,
             tuple(
-                Bucket(f"{self.stage}[{i}]", tuple(File(**{**f.__dict__, "bucket": i}) for f in files), every)
-                for i in range(buckets)
+                Bucket(f"{self.stage}[{i}]", tuple(replace(f, bucket=i) for f in files), every) for i in range(buckets)
             ),
         )
 

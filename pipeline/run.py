@@ -526,12 +526,12 @@ class Run:
         self.store.delete(_failed(stage.name))
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
-        return {
-            output: Dataset(
-                stage.name, key, tuple(_part(n, found[k], output) for n, k in zip(names, keys, strict=True))
-            )
+        facts = {k: _facts(found[k]) for k in keys}  # one text for all outputs: a pool has 10^6 of them
+        parts = {
+            output: tuple(_part(n, found[k], output, facts[k]) for n, k in zip(names, keys, strict=True))
             for output in stage.outputs
         }
+        return {output: Dataset(stage.name, key, parts[output]) for output in stage.outputs}
 
 
 def _failed(stage: str) -> str:
@@ -559,11 +559,14 @@ def in_order(data: bytes) -> list[Receipt]:
     return list(map(json.loads, pq.read_table(io.BytesIO(data), columns=["receipt"]).column("receipt").to_pylist()))
 
 
-def _part(name: str, receipt: Receipt, output: str) -> Part:
+def _facts(receipt: Receipt) -> str:
+    content = {"content": receipt["content"]} if receipt["content"] else {}
+    return canonical(receipt["facts"] | content).decode()
+
+
+def _part(name: str, receipt: Receipt, output: str, facts: str) -> Part:
     f = receipt["files"][output]
-    facts = receipt["facts"] | ({"content": receipt["content"]} if receipt["content"] else {})
-    file = File(f["path"], f["sha256"], f["bytes"], f["rows"], canonical(facts).decode(), f["buckets"])
-    return Part(name, (file,))
+    return Part(name, (File(f["path"], f["sha256"], f["bytes"], f["rows"], facts, f["buckets"]),))
 
 
 def _pixels(part: Part) -> Any:
