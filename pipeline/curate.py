@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import accumulate
@@ -23,11 +23,11 @@ from pipeline.parts import Dataset, digest, given
 from pipeline.pool import list_units
 from pipeline.read import Read
 from pipeline.recipe import Arrays, Network, Recipe, resolved
-from pipeline.run import Run
+from pipeline.run import Run, read_before
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.filter import Filter
 from pipeline.select.list import List
-from pipeline.stage import Unit
+from pipeline.stage import Stage, Unit
 from pipeline.state import Begin
 from pipeline.step import Outcome, Step
 from pipeline.storage import UnitFiles, redacted
@@ -106,12 +106,13 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     recipe = pinned(run, recipe)
     run.directory.delete("checksums.sha256")  # until it is back, the directory is not finished
     units = list_units(recipe.pool, run.machine.storage_options)
-    read = run.read(Read(recipe.pool.format), units)
+    stages = networks(run, recipe, units)
+    read = run.read(Read(recipe.pool.format), units, after=stages)
     pool = Pooled(units, read["samples"], read["columns"], read["problems"], group_units)
     if not pool.listed:
         raise UserError(f"recipe.pool: no sample in {len(units)} shards of {redacted(str(recipe.pool.path))}")
 
-    vectors = evidence(run, recipe, pool)
+    vectors = evidence(run, recipe, pool, stages)
     samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
     seen = {name: pool.grouped(dataset) for name, dataset in vectors.items()}
     begun = run.map(Begin(), samples, *seen.values())["state"]
@@ -148,28 +149,39 @@ def pinned(run: Run, recipe: Recipe) -> Recipe:
     return replace(recipe, models=models, select=select)
 
 
-def evidence(run: Run, recipe: Recipe, pool: Pooled) -> dict[str, Dataset]:
+def networks(run: Run, recipe: Recipe, units: Sequence[Unit]) -> list[Stage]:
+    """The embedding stage of every model that has to be run, in the recipe's order.
+
+    Raises:
+        UserError: the pool has no images.
+    """
+    models = {name: model for name, model in recipe.models.items() if isinstance(model, Network)}
+    if not models:
+        return []
+    from pipeline.embed import embed
+    from pipeline.encode import numerics, resolve
+
+    if recipe.pool.format == "datacomp" and not any("tar" in unit.sources for unit in units):
+        raise UserError(f"recipe.models.{next(iter(models))}: this pool has no images; name its arrays instead")
+    here = run.numerics(numerics)
+    spare = () if recipe.embed_all else leading(recipe)
+    return [
+        embed(name, resolve(m.arch, m.weights), here, recipe.pool.format, run.machine.fast_decode, spare)
+        for name, m in models.items()
+    ]
+
+
+def evidence(run: Run, recipe: Recipe, pool: Pooled, stages: Sequence[Stage]) -> dict[str, Dataset]:
     """Vectors and scores of every model, each once for the whole pool; models that share images share their decode."""
     vectors: dict[str, Dataset] = {}
     for name, model in recipe.models.items():
         if isinstance(model, Arrays):
             vectors[name] = precomputed(run, recipe, pool, model)
-    networks = {name: model for name, model in recipe.models.items() if isinstance(model, Network)}
-    if networks:
-        from pipeline.embed import embed
-        from pipeline.encode import numerics, resolve
-
-        if recipe.pool.format == "datacomp" and not any("tar" in unit.sources for unit in pool.units):
-            raise UserError(f"recipe.models.{next(iter(networks))}: this pool has no images; name its arrays instead")
-        here = run.numerics(numerics)
-        spare = () if recipe.embed_all else leading(recipe)
-        stages = [
-            embed(name, resolve(m.arch, m.weights), here, recipe.pool.format, run.machine.fast_decode, spare)
-            for name, m in networks.items()
-        ]
-        inputs = (pool.samples, pool.columns) if spare else (pool.samples,)
+    if stages:
+        inputs = [{"samples": pool.samples, "columns": pool.columns}[output] for output in read_before(stages)]
         made = run.map_together(stages, *inputs, units=pool.units, gpu=True)
-        vectors |= {name: outputs["vectors"] for name, outputs in zip(networks, made, strict=True)}
+        run_models = [name for name, model in recipe.models.items() if isinstance(model, Network)]
+        vectors |= {name: outputs["vectors"] for name, outputs in zip(run_models, made, strict=True)}
     return {name: vectors[name] for name in recipe.models}
 
 
@@ -177,7 +189,12 @@ def precomputed(run: Run, recipe: Recipe, pool: Pooled, model: Arrays) -> Datase
     """Vectors that the pool brings along."""
     from pipeline.precomputed import Precomputed, find_dims
 
-    dims = find_dims(recipe.pool.format, model.image, model.text, (UnitFiles(unit, run.machine) for unit in pool.units))
+    def opened() -> Iterator[UnitFiles]:
+        for unit in pool.units:
+            with UnitFiles(unit, run.machine) as files:
+                yield files
+
+    dims = find_dims(recipe.pool.format, model.image, model.text, opened())
     stage = Precomputed(model.image, model.text, recipe.pool.format, dims)
     return run.map(stage, pool.samples, units=pool.units)["vectors"]
 

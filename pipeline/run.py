@@ -15,10 +15,11 @@ import hashlib
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -30,14 +31,15 @@ from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
 from pipeline.stage import Function, Made, Stage, Unit
-from pipeline.storage import Root, UnitFiles, sha256_file
+from pipeline.storage import Root, UnitFiles, scheme_of, sha256_file
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SEGMENT_PARTS = 4096
-"""Loose receipts of one stage that are compacted into one object (design.md, commit protocol)."""
+SEALED = re.compile(r"[0-9a-f]{32}\.parquet")
+"""The name of a manifest or a segment; other files in their folders are not ours."""
 
 MANIFESTS, SEGMENTS, LOOSE, PARTS = "manifests", "segments", "receipts", "parts"
 """Folders of a store, each with a folder for each stage."""
@@ -88,6 +90,7 @@ class Task:
         units: the shards to read, for stages that read the pool: one, or for an export any number.
         inputs: one part of each input dataset.
         listing: memo of what the unit's files hold (their listing -> their digests); for a first read.
+        after: for a first read: stages whose parts of the same unit are made while its files are at hand.
         many: whether the stage takes a list of Files.
     """
 
@@ -97,6 +100,7 @@ class Task:
     units: tuple[Unit, ...]
     inputs: tuple[Part, ...]
     listing: str | None = None
+    after: tuple[Stage, ...] = ()
     many: bool = False
 
 
@@ -142,8 +146,19 @@ class _Bench:
             keys = tuple(digest([stage_key(stage), content]) for stage in task.stages)
             known = [read_receipt(self.store, stage, key) for stage, key in zip(task.stages, keys, strict=True)]
             receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
+            if task.after:
+                self._go_on(task, receipts[0], files)
             self.store.create(_listed(task.listing), canonical(keys))
             return receipts
+
+    def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> None:
+        """Make the parts that `map_together` would ask for next, so that a remote shard is fetched once."""
+        parts = tuple(_part(task.name, read, output, _facts(read)) for output in read_before(task.after))
+        keys = [part_key(stage, parts, _pixels(parts[0])) for stage in task.after]
+        todo = [at for at, key in enumerate(keys) if read_receipt(self.store, task.after[at], key) is None]
+        if todo:
+            mine = replace(task, stages=tuple(task.after[at] for at in todo), inputs=parts)
+            self._make(mine, [keys[at] for at in todo], files)
 
     def _make(
         self,
@@ -168,6 +183,23 @@ class _Bench:
             together = getattr(stages[0], "together", None)
             self.built[key] = together(stages, self.machine) if together else stages[0].build(self.machine)
         return cast(Function, self.built[key])
+
+
+def read_before(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """Which outputs of a first read the stages that follow it take."""
+    return ("samples", "columns") if getattr(stages[0], "spare", ()) else ("samples",)
+
+
+def part_key(stage: Stage, inputs: Sequence[Part], pixels: Any = None) -> str:
+    """Stands for one part: its stage and all that it reads.
+
+    Args:
+        stage: with its parameters.
+        inputs: the part of each input dataset.
+        pixels: for stages that read the pool: what identifies the unit's files (`_pixels`).
+    """
+    ids: list[Any] = [part.id for part in inputs]
+    return digest([stage_key(stage), ids if pixels is None else [*ids, pixels]])
 
 
 def _listed(key: str) -> str:
@@ -281,6 +313,7 @@ class Run:
         times: one entry for each stage that had something to do: name, parts made, rows, seconds.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
         numerics_class: of the embeddings, once they were asked for.
+        segment_parts: loose receipts of one stage that are compacted into one object.
     """
 
     store: Root
@@ -291,6 +324,7 @@ class Run:
     times: list[dict[str, Any]] = field(default_factory=list)
     datasets: list[tuple[str, str]] = field(default_factory=list)
     numerics_class: dict[str, str] = field(default_factory=dict)
+    segment_parts: int = SEGMENT_PARTS
 
     def numerics(self, question: Callable[[Machine], T]) -> T:
         """What a worker with a GPU, if there is one, computes forward passes with; kept for the run's record."""
@@ -328,8 +362,9 @@ class Run:
         self, stages: Sequence[Stage], *inputs: Dataset, units: Sequence[Unit] | None = None, gpu: bool = False
     ) -> list[dict[str, Dataset]]:
         """`map` for several stages over the same parts; a unit that several of them miss is read once for all."""
-        ids = list(self._ids(inputs, units))
-        keys = [[digest([stage_key(s), i]) for i in ids] for s in stages]
+        keys = [list(self._keys(s, inputs, units is not None)) for s in stages]
+        if units is not None and len(units) != len(keys[0]):
+            raise ValueError(f"{len(units)} units, {len(keys[0])} parts")
         names = [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
         found: dict[str, Receipt] = {}
         for stage, mine in zip(stages, keys, strict=True):
@@ -354,11 +389,17 @@ class Run:
                 found.update((receipt["key"], receipt) for receipt in receipts)
         return [self._finish(stage, mine, found, names) for stage, mine in zip(stages, keys, strict=True)]
 
-    def read(self, stage: Stage, units: Sequence[Unit]) -> dict[str, Dataset]:
+    def read(self, stage: Stage, units: Sequence[Unit], after: Sequence[Stage] = ()) -> dict[str, Dataset]:
         """`map` over the pool's files themselves, whose content is known only once they have been read.
 
         A part is keyed by the content of the unit's files. What a listing (URL, length, etag) was found to hold is
         remembered, so that a second run reads nothing, and a moved pool is hashed once and then recognised.
+
+        Args:
+            stage: lists the samples of a unit.
+            units: the shards.
+            after: stages that will be mapped over the result and the same units. Their parts are made at once while a
+                remote shard is at hand; local ones are cheaper to open twice.
         """
         parameters = stage_key(stage)
         listings = [
@@ -368,9 +409,11 @@ class Run:
         known = self._finished(stage, cast("list[str]", keys)) if all(keys) else None
         known = self._committed(stage, [k for k in keys if k]) if known is None else known
         todo = [i for i, k in enumerate(keys) if k is None or k not in known]
-        tasks = (Task(units[i].shard, (stage,), (None,), (units[i],), (), listings[i]) for i in todo)
+        remote = any(scheme_of(s.url) not in ("file", "local") for u in units[:1] for s in u.sources.values())
+        then = tuple(after) if remote else ()
+        tasks = (Task(units[i].shard, (stage,), (None,), (units[i],), (), listings[i], then) for i in todo)
         if todo:
-            for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), False):
+            for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), bool(then)):
                 keys[todo[position]] = done[0]["key"]
                 known[done[0]["key"]] = done[0]
             self.store.write(_listed(digest(listings)), canonical(keys))
@@ -392,7 +435,7 @@ class Run:
         Raises:
             As `map`.
         """
-        keys = [digest([stage_key(stage), ids]) for ids in self._ids(inputs, None)]
+        keys = list(self._keys(stage, inputs, False))
         names = [p.name for p in inputs[0].parts]
         found = self._found(stage, keys)
         folders = {path.partition("/")[0] for receipt in found.values() for path in receipt["exports"] if "/" in path}
@@ -421,15 +464,9 @@ class Run:
         """Read a small part on the driver, such as the result of a fit."""
         return StoredRows(self.store, part)
 
-    def _ids(self, inputs: Sequence[Dataset], units: Sequence[Unit] | None) -> Iterator[list[Any]]:
-        lengths = {len(d) for d in inputs} | ({len(units)} if units is not None else set())
-        if len(lengths) != 1:
-            raise ValueError(f"inputs of different lengths: {sorted(lengths)}")
-        for i in range(lengths.pop()):
-            ids: list[Any] = [d.parts[i].id for d in inputs]
-            if units is not None:
-                ids.append(_pixels(inputs[0].parts[i]))
-            yield ids
+    def _keys(self, stage: Stage, inputs: Sequence[Dataset], reads_pool: bool) -> Iterator[str]:
+        for parts in zip(*(d.parts for d in inputs), strict=True):
+            yield part_key(stage, parts, _pixels(parts[0]) if reads_pool else None)
 
     def _found(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
         finished = self._finished(stage, keys)
@@ -453,7 +490,8 @@ class Run:
             for path in self.store.list(folder):
                 if len(found) == len(wanted):
                     return found
-                found.update(_unpack(self.store.read(path), wanted))
+                if SEALED.fullmatch(path.rpartition("/")[2]):
+                    found.update(_unpack(self.store.read(path), wanted))
         for path in self.store.list(f"{LOOSE}/{stage.name}"):
             key = path.rpartition("/")[2].removesuffix(".json")
             if key in wanted and key not in found:
@@ -498,7 +536,7 @@ class Run:
                 for receipt in result:
                     stage = receipt["stage"]
                     loose.setdefault(stage, []).append(receipt)
-                    if len(loose[stage]) >= SEGMENT_PARTS:
+                    if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
                 yield position, result
         finally:
