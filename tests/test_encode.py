@@ -29,6 +29,8 @@ CAPTIONS = [
     "",
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich 🦊",
     "one",
+    "two words",
+    "yes",
     "word " * 200,
     "a red cat",
     "&lt;b&gt; entities   and\tspaces &amp;amp;",
