@@ -50,7 +50,6 @@ def guarded(command: Callable[..., int]) -> Callable[..., None]:
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         for ours in ("pipeline", "jobs"):
             logging.getLogger(ours).setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
-        logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells of every library that it tries
         signal.signal(signal.SIGTERM, _terminate)
         raise typer.Exit(attempted(lambda: command(*args, **keys)))
 

@@ -27,7 +27,7 @@ from pipeline.run import Receipt
 from pipeline.select.cut import Cut
 from pipeline.select.dedup import Dedup
 from pipeline.select.density import Density
-from pipeline.select.filter import Filter
+from pipeline.select.filter import Filter, cld3
 from pipeline.storage import Root, redacted
 
 UID = re.compile(r"[0-9a-f]{32}")
@@ -181,7 +181,8 @@ def _facts(
 
 def _conditions(rule: Filter, samples: pa.Table, columns: pa.Table) -> Iterator[tuple[str, str]]:
     """Every condition of a filter, with what this row has against what it asks for."""
-    for check in rule.checks(samples, columns):
+    detect = cld3() if rule.language and rule.language.detector else None
+    for check in rule.checks(samples, columns, detect):
         if check.missing[0]:
             verdict = "no value"
         elif check.value is None:

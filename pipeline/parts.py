@@ -267,10 +267,11 @@ class StoredRows:
         if len(entry) != 1 or not 0 <= entry["start"][0] <= file.bytes or not 0 <= entry["bytes"][0] <= file.bytes:
             raise DamagedPart(f"{file.path}: its index is damaged")
         start, length = int(entry["start"][0]), int(entry["bytes"][0])
-        if not length:
+        expected = entry["sha256"][0].decode("latin-1")
+        if not length and not expected:
             return None
         blob = self._store.read(file.path, start, start + length)
-        self._check(file.path, blob, entry["sha256"][0].decode())
+        self._check(file.path, blob, expected)
         return blob
 
     def _check(self, path: str, data: bytes, expected: str) -> None:

@@ -1,0 +1,414 @@
+"""The commit protocol: what is committed once is found again, and nothing else is ever read."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given as cases
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from pipeline.errors import RunError, SchemaError, UserError
+from pipeline.executor import Serial
+from pipeline.machine import Machine
+from pipeline.parts import (
+    INDEX,
+    DamagedPart,
+    Dataset,
+    File,
+    Part,
+    StoredRows,
+    canonical,
+    digest,
+    to_parquet,
+    to_shuffle,
+)
+from pipeline.run import Run, commit, stage_key
+from pipeline.stage import Made, Source, Unit
+from pipeline.storage import Root
+from tests.toy_stages import Guess, Liar, Lines, Print, Scatter, Sum, Times
+
+
+def unit(path: Path, numbers: Sequence[int]) -> Unit:
+    """A shard of numbers; its etag is its content."""
+    text = "".join(f"{number}\n" for number in numbers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return Unit(path.name, {"text": Source(str(path), len(text), text)})
+
+
+def pool(folder: Path, shards: int) -> list[Unit]:
+    """Shard i holds 10 i + 1, 10 i + 2, 10 i + 3."""
+    return [unit(folder / f"{i:03d}.txt", [10 * i + 1, 10 * i + 2, 10 * i + 3]) for i in range(shards)]
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    return Root(str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+def run_of(store: Root, tmp_path: Path, segment_parts: int = 4096) -> Run:
+    """A run in a new process, as far as that can be told."""
+    machine = Machine(scratch=str(tmp_path))
+    return Run(store, Root(str(tmp_path / "run")), Serial(), machine, segment_parts=segment_parts)
+
+
+def products(run: Run, dataset: Dataset) -> list[list[int]]:
+    return [run.rows(part).table().column(0).to_pylist() for part in dataset.parts]
+
+
+def made(run: Run) -> list[tuple[str, int]]:
+    return [(entry["stage"], entry["parts"]) for entry in run.times]
+
+
+def test_a_part_is_made_once_and_found_again(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    first = run_of(store, tmp_path)
+    numbers = first.read(Lines(), units)["numbers"]
+    doubled = first.map(Times(2), numbers)["products"]
+    assert products(first, doubled) == [[2, 4, 6], [22, 24, 26], [42, 44, 46]]
+    assert made(first) == [("lines", 3), ("times", 3)]
+
+    there = store.list()
+    again = run_of(store, tmp_path)
+    assert again.map(Times(2), again.read(Lines(), units)["numbers"])["products"] == doubled
+    assert made(again) == []
+    assert store.list() == there
+
+
+def test_a_second_run_reads_no_shard(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    numbers = run_of(store, tmp_path).read(Lines(), units)["numbers"]
+    for shard in (tmp_path / "pool").iterdir():
+        shard.unlink()
+    assert run_of(store, tmp_path).read(Lines(), units)["numbers"] == numbers
+
+
+def test_a_moved_pool_is_hashed_once_and_recognised(store: Root, tmp_path: Path) -> None:
+    numbers = run_of(store, tmp_path).read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+    parts = store.list("parts")
+    moved = run_of(store, tmp_path)
+    assert moved.read(Lines(), pool(tmp_path / "elsewhere", 3))["numbers"] == numbers
+    assert store.list("parts") == parts
+    again = run_of(store, tmp_path)
+    again.read(Lines(), pool(tmp_path / "elsewhere", 3))
+    assert made(again) == []
+
+
+def test_a_changed_parameter_makes_all_parts_anew(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    first = run_of(store, tmp_path)
+    doubled = first.map(Times(2), first.read(Lines(), units)["numbers"])["products"]
+    second = run_of(store, tmp_path)
+    tripled = second.map(Times(3), second.read(Lines(), units)["numbers"])["products"]
+    assert made(second) == [("times", 3)]
+    assert products(second, tripled)[0] == [3, 6, 9]
+    assert doubled.key != tripled.key
+
+
+def test_where_a_file_lies_is_no_parameter(store: Root, tmp_path: Path) -> None:
+    assert stage_key(Times(2, "here")) == stage_key(Times(2, "there"))
+    assert stage_key(Times(2, "here")) != stage_key(Times(2, "here").__class__(3, "here"))
+    assert stage_key(Times(2)) != stage_key(Guess(2)), "two stages with the same fields share nothing"
+
+
+def test_a_grown_pool_makes_only_the_new_parts(store: Root, tmp_path: Path) -> None:
+    first = run_of(store, tmp_path)
+    first.map(Times(2), first.read(Lines(), pool(tmp_path / "pool", 3))["numbers"])
+    units = pool(tmp_path / "pool", 5)
+    grown = run_of(store, tmp_path)
+    doubled = grown.map(Times(2), grown.read(Lines(), [units[4], *units[:4]])["numbers"])["products"]
+    assert made(grown) == [("lines", 2), ("times", 2)]
+    assert products(grown, doubled)[0] == [82, 84, 86]
+    assert len(doubled) == 5
+
+
+def test_a_changed_shard_is_made_anew(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    run_of(store, tmp_path).read(Lines(), units)
+    changed = run_of(store, tmp_path)
+    units[1] = unit(tmp_path / "pool" / "001.txt", [91, 92, 93])
+    assert products(changed, changed.read(Lines(), units)["numbers"])[1] == [91, 92, 93]
+    assert made(changed) == [("lines", 1)]
+
+
+def test_shards_with_the_same_content_are_each_a_part(store: Root, tmp_path: Path) -> None:
+    units = [unit(tmp_path / "pool" / f"{i}.txt", [7, 8]) for i in range(3)]
+    for _ in range(2):
+        run = run_of(store, tmp_path)
+        assert products(run, run.read(Lines(), units)["numbers"]) == [[7, 8]] * 3
+
+
+def test_several_stages_make_what_each_of_them_misses(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    first = run_of(store, tmp_path)
+    first.map(Times(2), first.read(Lines(), units[:2])["numbers"])
+    both = run_of(store, tmp_path)
+    numbers = both.read(Lines(), units)["numbers"]
+    doubled, tripled = both.map(Times(2), numbers)["products"], both.map(Times(3), numbers)["products"]
+    assert made(both)[1:] == [("times", 1), ("times", 3)]
+    assert [products(both, d)[2] for d in (doubled, tripled)] == [[42, 44, 46], [63, 66, 69]]
+
+
+def test_a_racing_attempt_with_other_bytes_is_an_alarm_where_the_stage_is_exact(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    mine, other = (Made({"products": pa.table({"product": [n]})}) for n in (1, 2))
+    first = commit(store, directory, Times(2), "a" * 32, "000.txt", mine, None)
+    assert commit(store, directory, Times(2), "a" * 32, "000.txt", mine, None) == first
+    with pytest.raises(RunError, match=r"times: two attempts at 000.txt gave different bytes, though .* exact"):
+        commit(store, directory, Times(2), "a" * 32, "000.txt", other, None)
+    assert commit(store, directory, Times(2), "a" * 32, "000.txt", mine, None) == first
+
+
+def test_a_racing_attempt_that_may_differ_discards_its_bytes(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    mine, other = (Made({"products": pa.table({"product": [n]})}) for n in (1, 2))
+    first = commit(store, directory, Guess(2), "a" * 32, "000.txt", mine, None)
+    assert commit(store, directory, Guess(2), "a" * 32, "000.txt", other, None) == first
+    assert list(store.list("parts")) == [first["files"]["products"]["path"]]
+
+
+def test_a_racing_export_with_other_bytes_is_an_alarm(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    mine, other = (Made({}, exports={"f": lambda path, n=n: path.write_text(n) and None}) for n in "12")
+    commit(store, directory, Print(), "a" * 32, "000.txt", mine, None)
+    with pytest.raises(RunError, match=r"two attempts at 000.txt wrote different bytes"):
+        commit(store, directory, Print(), "a" * 32, "000.txt", other, None)
+
+
+def test_files_that_nobody_committed_are_not_read(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    first = run_of(store, tmp_path)
+    numbers = first.read(Lines(), units)["numbers"]
+    doubled = first.map(Times(2), numbers)["products"]
+    for path in (
+        "parts/times/aa/" + "a" * 32 + "-products-0123456789abcdef",
+        "receipts/times/aa/" + "a" * 32 + ".json",
+        "receipts/times/torn.json",
+        "manifests/times/torn.parquet",
+        "segments/times/torn.parquet",
+        "stray",
+    ):
+        store.write(path, b"garbage")
+    again = run_of(store, tmp_path)
+    assert again.map(Times(2), numbers)["products"] == doubled
+    assert again.map(Times(3), numbers)["products"].num_rows == 9
+    assert made(again) == [("times", 3)]
+
+
+def test_a_part_without_its_receipt_is_made_anew(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 3)
+    first = run_of(store, tmp_path)
+    numbers = first.read(Lines(), units)["numbers"]
+    doubled = first.map(Times(2), numbers)["products"]
+    for path in [*store.list("manifests/times"), list(store.list("receipts/times"))[1]]:
+        store.delete(path)
+    again = run_of(store, tmp_path)
+    assert again.map(Times(2), numbers)["products"] == doubled
+    assert made(again) == [("times", 1)]
+
+
+def test_a_flipped_byte_in_a_part_is_named(store: Root, tmp_path: Path) -> None:
+    run = run_of(store, tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+    path = numbers.parts[1].files[0].path
+    data = bytearray(store.read(path))
+    data[len(data) // 2] ^= 1
+    store.write(path, bytes(data))
+    with pytest.raises(DamagedPart, match=f"{path}: its bytes do not match the digest in its receipt"):
+        run.rows(numbers.parts[1]).table()
+    with pytest.raises(RunError, match=rf"times: 1 of its parts could not be made; .*\n  001.txt: DamagedPart: {path}"):
+        run.map(Times(2), numbers)
+
+
+def test_a_flipped_byte_in_a_shuffle_is_named_by_the_bucket_that_reads_it(store: Root, tmp_path: Path) -> None:
+    run = run_of(store, tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 1))["numbers"]
+    rows = run.map(Scatter(3), numbers)["rows"].shuffled(3)
+    path = rows.parts[0].files[0].path
+    data = bytearray(store.read(path))
+    data[100] ^= 1  # in the rows of the first bucket
+    store.write(path, bytes(data))
+    with pytest.raises(DamagedPart, match=path):
+        run.rows(rows.parts[0]).table()
+    assert run.rows(rows.parts[1]).table().column("number").to_pylist() == [1]
+    data[100] ^= 1
+    for offset in (0, 8, 16):  # of where the second bucket's rows are said to lie, their length and their digest
+        damaged = bytearray(data)
+        damaged[offset - 2 * INDEX.itemsize : offset - 2 * INDEX.itemsize + 8] = bytes(8)
+        store.write(path, bytes(damaged))
+        with pytest.raises(DamagedPart, match=path):
+            run.rows(rows.parts[1]).table()
+
+
+def test_a_failed_unit_is_named_the_others_are_committed_and_a_rerun_makes_only_that_one(
+    store: Root, tmp_path: Path
+) -> None:
+    (tmp_path / "down-11").touch()
+    first = run_of(store, tmp_path)
+    numbers = first.read(Lines(), pool(tmp_path / "pool", 4))["numbers"]
+    with pytest.raises(RunError) as error:
+        first.map(Times(2), numbers)
+    assert str(error.value) == (
+        "times: 1 of its parts could not be made; the others are committed, a rerun tries only these\n"
+        "  001.txt: OSError: the disk is full"
+    )
+    assert made(first)[-1] == ("times", 3)
+    assert store.read("failed/times.json") == b'[{"cause":"OSError: the disk is full","name":"001.txt"}]'
+    assert not store.list("manifests/times")
+
+    (tmp_path / "down-11").unlink()
+    again = run_of(store, tmp_path)
+    doubled = again.map(Times(2), numbers)["products"]
+    assert made(again) == [("times", 1)]
+    assert products(again, doubled)[1] == [22, 24, 26]
+    assert not store.list("failed")
+
+
+def test_a_mistake_of_the_user_is_told_as_such(store: Root, tmp_path: Path) -> None:
+    (tmp_path / "wrong-11").touch()
+    (tmp_path / "down-1").touch()
+    run = run_of(store, tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+    with pytest.raises(UserError, match=r"recipe.factor: this number cannot be multiplied"):
+        run.map(Times(2), numbers)
+
+
+def test_many_failures_are_counted_and_the_first_twenty_named(tmp_path: Path) -> None:
+    run = run_of(Root(str(tmp_path / "store")), tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 23))["numbers"]
+    for i in range(23):
+        (tmp_path / f"down-{10 * i + 1}").touch()
+    with pytest.raises(RunError, match=r"(?s)23 of its parts .*  019.txt: .*  and 3 more$"):
+        run.map(Times(2), numbers)
+
+
+def test_a_stage_that_breaks_its_promise_commits_nothing(store: Root, tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"liar: made \['other'\], declares \['sums'\]"):
+        commit(store, Root(str(tmp_path)), Liar(), "a" * 32, "x", Made({"other": pa.table({"sum": [0]})}), None)
+    run = run_of(store, tmp_path)
+    with pytest.raises(RunError, match="SchemaError: liar: made"):
+        run.map(Liar(), run.read(Lines(), pool(tmp_path / "pool", 1))["numbers"])
+    assert not store.list("receipts/liar")
+
+
+def test_inputs_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    run = run_of(Root(str(tmp_path / "store")), tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+    with pytest.raises(ValueError, match="is shorter than"):
+        run.map(Sum(), numbers, numbers.grouped(2))
+
+
+def test_a_fit_over_all_parts_is_kept_until_one_of_them_changes(store: Root, tmp_path: Path) -> None:
+    units = pool(tmp_path / "pool", 4)
+    run = run_of(store, tmp_path)
+    numbers = run.read(Lines(), units)["numbers"]
+    assert products(run, run.map(Sum(), numbers.grouped(4))["sums"]) == [[1 + 2 + 3 + 11 + 12 + 13 + 66 + 96]]
+    assert products(run, run.map(Sum(), numbers.grouped(3))["sums"]) == [[42 + 66], [96]]
+    before = len(made(run))
+    run.map(Sum(), numbers.grouped(4))
+    assert len(made(run)) == before
+    units[3] = unit(tmp_path / "pool" / "003.txt", [0])
+    assert products(run, run.map(Sum(), run.read(Lines(), units)["numbers"].grouped(4))["sums"]) == [[108]]
+
+
+def test_receipts_are_compacted_and_found_again(store: Root, tmp_path: Path) -> None:
+    (tmp_path / "down-111").touch()
+    first = run_of(store, tmp_path, segment_parts=5)
+    numbers = first.read(Lines(), pool(tmp_path / "pool", 12))["numbers"]
+    with pytest.raises(RunError, match="1 of its parts"):
+        first.map(Times(2), numbers)
+    assert len(store.list("segments/times")) == 2
+    assert len(store.list("receipts/times")) == 1
+    assert not store.list("manifests/times")
+
+    (tmp_path / "down-111").unlink()
+    again = run_of(store, tmp_path, segment_parts=5)
+    doubled = again.map(Times(2), numbers)["products"]
+    assert made(again) == [("times", 1)]
+    assert products(again, doubled) == [[20 * i + 2, 20 * i + 4, 20 * i + 6] for i in range(12)]
+
+    for path in store.list("manifests/times"):
+        store.delete(path)
+    last = run_of(store, tmp_path)
+    assert last.map(Times(2), numbers)["products"] == doubled
+    assert made(last) == []
+
+
+def test_a_file_of_the_run_directory_that_is_gone_or_cut_is_written_again(store: Root, tmp_path: Path) -> None:
+    first = run_of(store, tmp_path)
+    numbers = first.read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+    written = first.export(Print(), numbers)
+    files = {path: first.directory.read(path) for path in written}
+    assert files == {
+        "printed/1.txt": b"1\n2\n3\n",
+        "printed/11.txt": b"11\n12\n13\n",
+        "printed/21.txt": b"21\n22\n23\n",
+    }
+    first.directory.delete("printed/11.txt")
+    first.directory.write("printed/21.txt", b"21\n")
+    again = run_of(store, tmp_path)
+    assert again.export(Print(), numbers) == written
+    assert made(again) == [("print", 2)]
+    assert {path: again.directory.read(path) for path in written} == files
+
+
+Sent = list[list[tuple[int, int]]]
+
+
+@settings(max_examples=60, deadline=None)
+@cases(
+    st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99)), max_size=12), min_size=1, max_size=6),
+    st.integers(1, 6),
+)
+def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_whatever_the_grouping(
+    sent: Sent, group: int
+) -> None:
+    store = Root("memory://shuffle")
+    files = []
+    for at, rows in enumerate(sent):
+        to, value = ([row[i] for row in rows] for i in (0, 1))
+        table = pa.table({"to": pa.array(to, pa.int32()), "value": pa.array(value, pa.int64())})
+        data = to_shuffle(table, 5)
+        store.write(f"{at}", data)
+        files.append(File(f"{at}", digest([at, rows]), len(data), len(rows), buckets=5))
+    dataset = Dataset("sent", "key", tuple(Part(f"{at}", (file,)) for at, file in enumerate(files)))
+    shuffled = dataset.grouped(group).shuffled(5)
+    assert len(shuffled) == 5
+    for bucket, part in enumerate(shuffled.parts):
+        expected = [value for rows in sent for to, value in rows if to == bucket]
+        table = StoredRows(store, part).table()
+        assert (table.column("value").to_pylist() if table.num_columns else []) == expected
+        assert part.id == dataset.shuffled(5).parts[bucket].id
+
+
+def test_rows_that_are_read_group_by_group_are_the_same_rows(tmp_path: Path) -> None:
+    run = run_of(Root(str(tmp_path / "store")), tmp_path)
+    numbers = run.read(Lines(), pool(tmp_path / "pool", 5))["numbers"]
+    groups = numbers.grouped(2)
+    assert [p.name for p in groups.parts] == ["000.txt..001.txt", "002.txt..003.txt", "004.txt"]
+    assert [n for rows in products(run, groups) for n in rows] == [n for rows in products(run, numbers) for n in rows]
+    assert [run.rows(p).lengths for p in groups.parts] == [[3, 3], [3, 3], [3]]
+    assert [f["count"] for p in groups.parts for f in run.rows(p).facts] == [3] * 5
+    overlapping = numbers.joined([range(0, 2), range(1, 4)])
+    assert products(run, overlapping) == [[1, 2, 3, 11, 12, 13], [11, 12, 13, 21, 22, 23, 31, 32, 33]]
+    assert products(run, numbers.grouped(5).spread(2)) == [products(run, numbers.grouped(5))[0]] * 2
+
+
+def test_plain_values_have_one_form_and_others_are_refused() -> None:
+    assert canonical({"b": [1, None], "a": "ü"}) == b'{"a":"\\u00fc","b":[1,null]}'
+    with pytest.raises(ValueError, match="Out of range float"):
+        canonical({"a": float("nan")})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        canonical({"a": {1, 2}})
+
+
+def test_parquet_bytes_depend_on_the_rows_alone() -> None:
+    column = pa.array(range(10))
+    whole = pa.table({"a": column})
+    pieces = pa.concat_tables([whole.slice(0, 3), whole.slice(3)])
+    assert to_parquet(whole) == to_parquet(pieces)
