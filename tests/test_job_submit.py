@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from pipeline.errors import UserError
 from pipeline.machine import Machine
+from tests.pools import datacomp_pool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -27,6 +29,7 @@ BIN = Path(sys.executable).parent
 
 SCRIPT = """
 from pipeline.machine import Machine
+from tests.pools import datacomp_pool
 from pipeline.ray_executor import RayExecutor
 from toy_workers import Environment
 
@@ -39,6 +42,7 @@ print("answers", answers)
 SLEEPER = """
 import sys
 from pipeline.machine import Machine
+from tests.pools import datacomp_pool
 from pipeline.ray_executor import RayExecutor
 from tests.toy_workers import Fatal
 
@@ -171,3 +175,32 @@ def test_an_address_without_a_cluster_is_the_users_mistake(address: str, message
 
     with pytest.raises(UserError, match=rf"^RAY_ADDRESS: {address}: {message}"):
         RayExecutor(Machine(), address)
+
+
+def test_the_documented_command_curates_on_a_cluster_what_serial_curates_here(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    url, environment = head
+    datacomp_pool(tmp_path / "pool", 3, 40, seed=5)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"pool: {{format: datacomp, path: {tmp_path / 'pool'}}}\n"
+        "models: {l14: {image: l14_img, text: l14_txt}}\n"
+        "select: [{dedup: {space: l14, epsilon: 0.05}}, {cut: {score: l14, keep: 0.5}}]\n"
+        "limits: {max_unreadable: 1}\n"
+    )
+    machine = tmp_path / "machine.yaml"
+    machine.write_text("{threads: 1, workers: 2}\n")
+    options = [str(recipe), "--machine", str(machine), "--run"]
+    command = [str(BIN / "ray"), "job", "submit", "--address", url, "--working-dir", ".", "--"]
+    command += ["python", "-m", "jobs.curate", *options, str(tmp_path / "cluster")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cli.main(["run", *options, str(tmp_path / "here"), "--executor", "serial"]) == 0
+
+    def files(folder: Path) -> dict[str, bytes]:
+        ours = (p for p in folder.rglob("*") if p.is_file() and "report" not in p.parts)
+        skipped = ("times.json", "checksums.sha256")
+        return {str(p.relative_to(folder)): p.read_bytes() for p in ours if p.name not in skipped}
+
+    assert files(tmp_path / "cluster") == files(tmp_path / "here")
