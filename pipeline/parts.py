@@ -141,7 +141,8 @@ class Dataset:
             self.stage,
             self.key,
             tuple(
-                Bucket(f"{self.stage}[{i}]", tuple(replace(f, bucket=i) for f in files), every) for i in range(buckets)
+                Bucket(f"{self.stage}[{i}]", tuple(replace(f, bucket=i) for f in files), every=every)
+                for i in range(buckets)
             ),
         )
 
