@@ -19,12 +19,15 @@ from pipeline.arrow import fixed, hexes, unfixed
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import alive
-from pipeline.step import Step
+from pipeline.state import alive, made
+from pipeline.step import Outcome, Step
 from pipeline.vectors import draw
 
 SAMPLE_ROWS = 1 << 22
 """Most vectors that k-means trains on, whatever the recipe asks for each cluster: 8.6 GB of float32 at 512 dims."""
+
+LEAST_ROWS = 1 << 12
+"""Survivors up to which all are trained on: of few, a draw by hash may take none."""
 
 ASSIGNED = [("at", pa.uint32()), ("cluster", pa.int32()), ("distance", pa.float32())]
 """Columns of an assignment: position in the group, cluster, 1 - cosine to its centroid."""
@@ -39,7 +42,7 @@ class Clustering:
 
     Attributes:
         clusters: K; at most as many as there are survivors.
-        sample_per_cluster: rows that k-means trains on for each cluster, up to SAMPLE_ROWS in all.
+        sample_per_cluster: rows that k-means trains on for each cluster, from LEAST_ROWS to SAMPLE_ROWS in all.
         iterations: of k-means on the sample.
         passes: exact Lloyd passes over all survivors after it.
     """
@@ -53,7 +56,7 @@ class Clustering:
         """Cluster the survivors of a step; at least one."""
         evidence, side = step.space(space)
         k = min(self.clusters, step.survivors)
-        rows = min(k * self.sample_per_cluster, SAMPLE_ROWS)
+        rows = max(min(k * self.sample_per_cluster, SAMPLE_ROWS), LEAST_ROWS)
         fraction = min(1.0, rows / step.survivors)
         drawn = step.run.map(Draw(side, step.seed, step.name, fraction), evidence, step.samples, step.state)["drawn"]
         trained = step.run.map(Train(k, self.iterations, step.seed), drawn.grouped(len(drawn)))["centroids"]
@@ -189,11 +192,9 @@ class Train:
     exact: ClassVar[bool] = False  # FAISS's float32 sums differ between processors
 
     def build(self, machine: Machine) -> Function:
-        self_threads = machine.threads
-
         def train(drawn: Rows) -> Made:
             sample_MD = np.concatenate([unfixed(p.column("vector"), np.float16) for p in drawn.pieces()])
-            centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, self_threads)
+            centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads)
             return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})
 
         return train
@@ -297,19 +298,24 @@ class Measure:
 
 @dataclass(frozen=True)
 class Nobody:
-    """The assignment of a step that no survivor enters: no rows."""
+    """A step that no survivor enters: the state as it was, and an assignment without rows."""
 
     name: ClassVar[str] = "cluster_nobody"
     version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("assigned",)
+    outputs: ClassVar[tuple[str, ...]] = ("assigned", "state")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
-        return lambda state: Made({"assigned": pa.schema(ASSIGNED).empty_table()})
+        return self.pass_on
+
+    def pass_on(self, state: Rows, samples: Rows) -> Made:
+        same = made(state.table(), state.table(), samples.lengths)
+        return Made({**same.tables, "assigned": pa.schema(ASSIGNED).empty_table()}, same.facts)
 
 
-def nobody(step: Step) -> tuple[Dataset, bytes]:
-    """Evidence of a clustering step without survivors: no rows, and one centroid that nothing is near."""
+def nobody(step: Step) -> Outcome:
+    """A clustering step without survivors: no rows, and one centroid that nothing is near."""
     out = io.BytesIO()
     np.save(out, np.ones((1, 1), np.float32))
-    return step.run.map(Nobody(), step.state)["assigned"], out.getvalue()
+    passed = step.run.map(Nobody(), step.state, step.samples)
+    return Outcome(passed["state"], passed["assigned"], {"centroids.npy": out.getvalue()})

@@ -12,11 +12,13 @@ import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from importlib import metadata
 from itertools import accumulate
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
+from pipeline.config import nearest
 from pipeline.decide import Decide, ShowAssignment, ShowProblems
 from pipeline.errors import UserError
 from pipeline.parts import Dataset, digest, given
@@ -103,14 +105,15 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         UserError: the pool, a model or a list that the recipe names is not as it says.
         RunError: units that could not be finished.
     """
-    recipe = pinned(run, recipe)
     run.directory.delete("checksums.sha256")  # until it is back, the directory is not finished
     units = list_units(recipe.pool, run.machine.storage_options)
+    recipe = pinned(run, recipe, units)
     stages = networks(run, recipe, units)
     read = run.read(Read(recipe.pool.format), units, after=stages)
     pool = Pooled(units, read["samples"], read["columns"], read["problems"], group_units)
     if not pool.listed:
         raise UserError(f"recipe.pool: no sample in {len(units)} shards of {redacted(str(recipe.pool.path))}")
+    check_columns(recipe, pool)
 
     vectors = evidence(run, recipe, pool, stages)
     samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
@@ -128,12 +131,21 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         steps.append(step)
         outcomes.append(outcome)
 
-    written = record(run, recipe, pool, state, seen, steps, outcomes)
+    found = [
+        pool.samples,
+        pool.columns,
+        pool.problems,
+        state,
+        *seen.values(),
+        *(o.assign for o in outcomes if o.assign),
+    ]
+    written = begin(run, recipe, units, found)
+    written |= record(run, recipe, pool, state, seen, steps, outcomes)
     written |= write(run, recipe, pool, state, vectors, outcomes)
     return finish(run, recipe, pool, begun, steps, outcomes, written)
 
 
-def pinned(run: Run, recipe: Recipe) -> Recipe:
+def pinned(run: Run, recipe: Recipe, units: Sequence[Unit]) -> Recipe:
     """The recipe with the digests of the files it names, and the formats that its pool allows."""
     models = {}
     for name, model in recipe.models.items():
@@ -146,7 +158,23 @@ def pinned(run: Run, recipe: Recipe) -> Recipe:
                 raise UserError(f"recipe.models.{name}: its weights have sha256 {found.sha256}, not {model.sha256}")
             models[name] = replace(model, sha256=found.sha256)
     select = [(name, rule.pinned(run.machine) if isinstance(rule, List) else rule) for name, rule in recipe.select]
-    return replace(recipe, models=models, select=select)
+    return replace(recipe, models=models, select=select, write=replace(recipe.write, formats=formats_of(recipe, units)))
+
+
+def check_columns(recipe: Recipe, pool: Pooled) -> None:
+    """See that every metadata column that a step names is in at least one shard.
+
+    Raises:
+        UserError: one is in none.
+    """
+    known = {name for facts in pool.columns.facts() for name in facts["columns"]}
+    for at, (name, rule) in enumerate(recipe.select):
+        for column in rule.uses_columns():
+            if column not in known:
+                raise UserError(
+                    f"recipe.select.{at}.{name}: no shard of the pool has the column '{column}'"
+                    f"{nearest(column, sorted(known))}"
+                )
 
 
 def networks(run: Run, recipe: Recipe, units: Sequence[Unit]) -> list[Stage]:
@@ -209,6 +237,21 @@ def leading(recipe: Recipe) -> tuple[Filter | List, ...]:
     return tuple(rules)
 
 
+def begin(run: Run, recipe: Recipe, units: Sequence[Unit], found: Sequence[Dataset]) -> Exported:
+    """Write recipe.yaml, and make sure that every other file of the directory belongs to this very run.
+
+    A receipt tells that a file was written and how long it is, not that nobody has overwritten it with one of the same
+    length. So what a run of another recipe, or of other evidence, left in the directory is removed first; the first
+    line of recipe.yaml tells them apart, wherever the pool lies.
+    """
+    anywhere = resolved(replace(recipe, pool=replace(recipe.pool, path="")))
+    mark = digest([anywhere, [u.shard for u in units], [[p.id for p in d.parts] for d in found]])
+    line = f"# {mark}\n".encode()
+    if run.directory.bytes("recipe.yaml") is None or not run.directory.read("recipe.yaml").startswith(line):
+        forget_others(run, {})
+    return put(run, "recipe.yaml", line + resolved(recipe).encode())
+
+
 def record(
     run: Run,
     recipe: Recipe,
@@ -240,7 +283,7 @@ def scored(recipe: Recipe) -> tuple[str, ...]:
     return tuple(name for name, model in recipe.models.items() if "text" in model.sides)
 
 
-def formats_of(recipe: Recipe, units: Sequence[Unit]) -> Sequence[str]:
+def formats_of(recipe: Recipe, units: Sequence[Unit]) -> list[Literal["webdataset", "parquet", "subset"]]:
     """What is written: what the recipe asks for, else what the pool allows.
 
     Raises:
@@ -263,7 +306,7 @@ def write(
     outcomes: Sequence[Outcome],
 ) -> Exported:
     """filtered/, parquet/ and subset.npy: the kept samples."""
-    formats = formats_of(recipe, pool.units)
+    formats = recipe.write.formats or []
     models = scored(recipe)
     plan = Plan.of(pool, state, recipe.write.samples_per_shard)
     inputs = [plan.places, plan.of_units(pool.samples), plan.of_units(pool.columns), plan.of_groups(state)]
@@ -301,6 +344,7 @@ class Plan:
         """Cut the survivors of a state into output shards of `rows`."""
         found = spans([n for facts in state.facts() for n in facts["alive_by_unit"]], rows)
         starts = [0, *accumulate(sum(f.rows for f in part.files) for part in pool.samples.parts)]
+        contents = [facts["content"] for facts in pool.samples.facts()]
         prefixes = folder_prefixes([u.shard for u in pool.units])
         size, places = pool.group_units, []
         for number, span in enumerate(found):
@@ -314,6 +358,7 @@ class Plan:
                     "take": span.take,
                     "state_first": starts[span.first_unit] - starts[groups[0] * size],
                     "group_rows": [starts[min((g + 1) * size, len(pool.units))] - starts[g * size] for g in groups],
+                    "content": [contents[i] for i in range(span.first_unit, span.last_unit + 1)],
                     "shards": shards,
                     "stems": [PurePosixPath(shard).name.split(".")[0] for shard in shards],
                     "prefixes": prefixes[mine],
@@ -363,10 +408,9 @@ def finish(
     funnel = tuple(zip(names, [pool.listed, *alive[:-1]], alive, strict=True))
     damaged = sum(f["shard_problems"] > 0 for f in pool.problems.facts())
     unreadable = pool.listed - alive[0]
-    limit = recipe.limits.max_unreadable
+    limit = Decimal(str(recipe.limits.max_unreadable))  # as written: 0.29 of 100 is 29
     too_damaged = unreadable > limit * pool.listed or damaged > limit * len(pool.units)
     curated = Curated(pool.listed, alive[-1], funnel, unreadable, damaged, len(pool.units), too_damaged)
-    written |= put(run, "recipe.yaml", resolved(recipe).encode())
     about = {
         "versions": versions(),
         "models": {n: m.sha256 for n, m in recipe.models.items() if isinstance(m, Network)},

@@ -17,15 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, ConfigDict
 
-from pipeline.errors import UserError
 from pipeline.parts import Dataset
 from pipeline.run import Run
 from pipeline.stage import Rows
 
 log = logging.getLogger(__name__)
 
-RULE = ConfigDict(extra="forbid", strict=True)
-"""Of every rule's dataclass: unknown keys and values of another type are refused."""
+RULE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""Of every rule's dataclass: unknown keys, values of another type and numbers that are none are refused."""
 
 
 def _keep(value: int | float) -> int | float:
@@ -115,21 +114,6 @@ class Step:
         """The evidence and its vector column that a recipe's `space` names: MODEL, or MODEL.text."""
         model, _, side = name.partition(".")
         return self.evidence[model], side or "image"
-
-    def check_column(self, name: str) -> None:
-        """See that at least one unit of the pool has a column.
-
-        Raises:
-            UserError: none has.
-        """
-        known: set[str] = set()
-        for facts in self.columns.facts():
-            known.update(facts["columns"])
-            if name in known:
-                return
-        raise UserError(
-            f"select.{self.number - 1}: no shard of the pool has the column '{name}'; it has {sorted(known)}"
-        )
 
 
 def places_in(samples: Rows, place: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -105,7 +105,11 @@ def kept_rows(lengths: Sequence[int], state: Rows, place: dict[str, Any]) -> Ite
 
 
 def kept_table(
-    samples: Sequence[pa.Table], columns: Sequence[pa.Table], keys: Sequence[str], scores: dict[str, np.ndarray]
+    samples: Sequence[pa.Table],
+    columns: Sequence[pa.Table],
+    keys: Sequence[str],
+    scores: dict[str, np.ndarray],
+    own: dict[str, pa.Array],
 ) -> pa.Table:
     """Kept rows as users read them: key, uid, caption and scores, then all metadata of the pool.
 
@@ -114,18 +118,20 @@ def kept_table(
         columns: the same rows of the pool's metadata.
         keys: the key of each row in what is written.
         scores: model -> float32 (N,), NaN where it has none.
+        own: further columns; the pool's own of the same name give way.
     """
     samples = samples or [SAMPLES.empty_table()]
     table = {
+        **own,
         "key": pa.array(keys, pa.string()),
         "uid": pa.concat_arrays([hex_column(s.column("uid")) for s in samples]),
         "caption": pa.concat_arrays([c for s in samples for c in s.column("caption").chunks]),
     }
     for model, score in scores.items():
         table[f"score_{model}"] = pa.array(score, pa.float32(), from_pandas=True)
-    own = unify(columns) if columns else pa.table({})
-    for name in own.column_names:
-        table.setdefault(name, own.column(name))
+    metadata = unify(columns) if columns else pa.table({})
+    for name in metadata.column_names:
+        table.setdefault(name, metadata.column(name))
     return pa.table(table)
 
 
@@ -149,7 +155,6 @@ class WriteTar:
     Attributes:
         models: whose scores the sidecar holds; their evidence follows the state.
         annotate: add a `pairsieve` object to each .json member.
-        clustered: whether the cluster of each row follows, for `annotate`.
     """
 
     models: tuple[str, ...]
@@ -176,7 +181,7 @@ class WriteTar:
             [_prefixed(t.column("key").to_pylist(), at["prefixes"][k.at]) for t, k in zip(taken, kept, strict=True)],
             [at["stems"][k.at] for k in kept],
         )
-        table = kept_table(taken, _taken(columns, kept), [key for group in keys for key in group], scores)
+        table = kept_table(taken, _taken(columns, kept), [key for group in keys for key in group], scores, {})
         notes = (
             [None] * table.num_rows if not self.annotate else _notes(table, self.models, _clusters(assign, kept, at))
         )
@@ -212,18 +217,21 @@ def _prefixed(keys: Sequence[str], prefix: str) -> list[str]:
 
 
 def unique_keys(keys: Sequence[Sequence[str]], stems: Sequence[str]) -> list[list[str]]:
-    """Keys of one output tar; one that an earlier unit of the tar already has gets its own unit's stem in front.
+    """Keys of one output tar; one that the tar already has gets its own unit's stem in front.
 
     Args:
-        keys: of the kept rows, by unit; unique inside a unit.
+        keys: of the kept rows, by unit.
         stems: file name of each unit's shard, without its ending.
     """
     seen: set[str] = set()
-    out = []
+    out: list[list[str]] = []
     for group, stem in zip(keys, stems, strict=True):
-        named = [key if key not in seen else _prefixed([key], f"{stem}_")[0] for key in group]
-        seen.update(named)
-        out.append(named)
+        out.append([])
+        for key in group:
+            while key in seen:
+                [key] = _prefixed([key], f"{stem}_")
+            seen.add(key)
+            out[-1].append(key)
     return out
 
 
@@ -246,7 +254,7 @@ def copy_members(
     ):
         for member in row:
             body = next(data)
-            if note is not None and member["name"].lower().endswith(".json"):
+            if note is not None and member["name"][len(old) :].lower() == ".json":
                 body = _annotated(body, note)
             out.write(member_header(new + member["name"][len(old) :], len(body)))
             out.write(body)
@@ -327,13 +335,12 @@ class WriteParquet:
         kept = list(kept_rows(samples.lengths, state, at))
         taken = _taken(samples, kept)
         keys = [key for rows in taken for key in rows.column("key").to_pylist()]
-        table = kept_table(taken, _taken(columns, kept), keys, _scores(self.models, more, kept))
-        shards = [at["shards"][k.at] for k in kept for _ in k.rows]
-        table = table.add_column(0, "shard", pa.array(shards, pa.string()))
+        own = {"shard": pa.array([at["shards"][k.at] for k in kept for _ in k.rows], pa.string())}
         if self.images:
             layout = FORMATS[self.images]
             stored = [b for rows, k in zip(taken, kept, strict=True) for b in layout.images(files[k.at], rows)]
-            table = table.append_column("image", pa.array(stored, pa.large_binary()))
+            own["image"] = pa.array(stored, pa.large_binary())
+        table = kept_table(taken, _taken(columns, kept), keys, _scores(self.models, more, kept), own)
         return Made({}, exports={f"parquet/{at['number']:08d}.parquet": parquet_file(table, bloom=["uid"])})
 
 

@@ -57,8 +57,6 @@ class Cut:
         return {self.column: pa.float64()} if self.column else {}
 
     def apply(self, step: Step) -> Outcome:
-        if self.column:
-            step.check_column(self.column)
         source = step.columns if self.column else step.evidence[self.score]
         scored = step.run.map(Score(self.column), source, step.samples, step.state, step.places)["scored"]
         if self.min is not None:

@@ -227,8 +227,7 @@ class Dedup:
 
     def apply(self, step: Step) -> Outcome:
         if not step.survivors:
-            assigned, centroid = nobody(step)
-            return Outcome(step.state, assigned, {"centroids.npy": centroid})
+            return nobody(step)
         k = self.clusters if self.clusters != "auto" else min(65_536, -(-step.survivors // 8000))
         found = Clustering(k, self.sample_per_cluster, self.iterations, self.passes).fit(step, self.space)
         evidence, side = step.space(self.space)

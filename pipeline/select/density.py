@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -189,9 +189,9 @@ class Density:
 
     def apply(self, step: Step) -> Outcome:
         if not step.survivors:
-            assigned, centroid = nobody(step)
+            passed = nobody(step)
             empty = pa.table([[0], [0], *[[None]] * 5, [0]], schema=CLUSTERS)
-            return Outcome(step.state, assigned, {"centroids.npy": centroid, "clusters.parquet": to_parquet(empty)})
+            return replace(passed, files={**passed.files, "clusters.parquet": to_parquet(empty)})
         clustering = Clustering(self.clusters, self.sample_per_cluster, self.iterations, self.passes)
         found = clustering.fit(step, self.space)
         share = Share(self.neighbours, float(self.temperature), self.floor)

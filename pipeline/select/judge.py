@@ -1,4 +1,4 @@
-"""Rules that look at one row at a time: list, filter, and a cut by a fixed score of the pool's own.
+"""Rules that look at one row at a time: list and filter.
 
 Such a rule is a frozen dataclass with `build(machine)` that gives a function of one unit's samples and columns to a
 Verdict. Where such rules lead a recipe, the rows they drop are spared the embedding (embed.py calls the same function).

@@ -78,7 +78,7 @@ class List:
         denying = self.deny is not None
 
         def judge(samples: pa.Table, columns: pa.Table) -> Verdict:
-            there = np.isin(fingerprints(_values(samples, self.on)), listed)
+            there = np.isin(fingerprints(_values(samples, self.on), self.on), listed)
             drop = pa.array(there if denying else ~there)
             reason = pc.if_else(drop, "denied" if denying else "not_allowed", pa.scalar(None, pa.string()))
             nothing = pa.nulls(samples.num_rows, pa.float64())
@@ -104,28 +104,31 @@ def members(data: bytes, url: str, on: str) -> np.ndarray:
     where = f"list: {redacted(url)}"
     try:
         if url.endswith(".npy"):
-            pairs = np.load(io.BytesIO(data), allow_pickle=False)
+            pairs = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
             if pairs.dtype != SUBSET or on != "uid":
                 raise UserError(f"{where}: a .npy list holds u8,u8 uids (found {pairs.dtype}) and needs `on: uid`")
-            return np.sort(fingerprints([f"{a:016x}{b:016x}" for a, b in pairs.tolist()]))
+            return np.sort(fingerprints([f"{a:016x}{b:016x}" for a, b in pairs.tolist()], on))
         if url.endswith(".parquet"):
             table = pq.read_table(io.BytesIO(data))
             if on not in table.column_names:
                 raise UserError(f"{where}: no column '{on}'; it has {table.column_names}")
-            return np.sort(fingerprints(table.column(on).cast(pa.string()).to_pylist()))
-        return np.sort(fingerprints([line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]))
+            return np.sort(fingerprints(table.column(on).cast(pa.string()).drop_null().to_pylist(), on))
+        return np.sort(fingerprints([line.strip() for line in data.decode("utf-8").splitlines() if line.strip()], on))
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from None
 
 
-def fingerprints(values: list[str | None]) -> np.ndarray:
-    """16 bytes that stand for each text, whatever its length; S16 (N,). Null never matches.
+def fingerprints(values: list[str | None], on: str) -> np.ndarray:
+    """16 bytes that stand for each text, whatever its length; S16 (N,). Null has one that no list holds.
 
-    A fingerprint is followed by no zero byte (numpy strips those from S16), so its last byte is forced to be odd.
+    Digests are hex, so that their case means nothing; that of a url or a key does. The last byte of a fingerprint is
+    odd, because numpy strips zero bytes from the end of S16.
     """
     out = bytearray()
+    any_case = on in ("uid", "sha256")
     for value in values:
-        digest = hashlib.sha256(value.lower().encode("utf-8", "replace") if value is not None else b"\0null").digest()
+        text = value.lower() if value and any_case else value
+        digest = hashlib.sha256(b"\0null" if text is None else text.encode("utf-8", "replace")).digest()
         out += digest[:15] + bytes([digest[15] | 1])
     return np.frombuffer(bytes(out), "S16")
 
