@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs import curate, doctor, entry, explain, gc, sample, status, train_filter, verify
+from jobs import curate, doctor, entry, explain, gc, report, sample, status, train_filter, verify
 
 COMMANDS = (
     curate.run,
     explain.explain,
     verify.verify,
+    report.report,
     status.status,
     sample.sample,
     doctor.doctor,

@@ -25,6 +25,7 @@ from pipeline.parts import Dataset, digest, given
 from pipeline.pool import list_units
 from pipeline.read import Read
 from pipeline.recipe import Arrays, Network, Recipe, resolved
+from pipeline.report import write_report
 from pipeline.run import Run, read_before
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.filter import Filter
@@ -428,7 +429,7 @@ def finish(
     times = {"host": platform.node(), "python": platform.python_version(), "stages": run.times}
     run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
     forget_others(run, written)
-    written |= existing(run, "report")
+    written |= write_report(run.directory, run.store, run.machine)
     run.directory.write("checksums.sha256", checksums({path: f["sha256"] for path, f in written.items()}))
     return curated
 
@@ -467,14 +468,6 @@ def forget_others(run: Run, written: Exported) -> None:
                 run.directory.delete(path)
     if "subset.npy" not in written:
         run.directory.delete("subset.npy")
-
-
-def existing(run: Run, folder: str) -> Exported:
-    """Files of a folder that is written by others, with their digests."""
-    return {
-        path: {"sha256": hashlib.sha256(run.directory.read(path)).hexdigest(), "bytes": count}
-        for path, count in run.directory.list(folder).items()
-    }
 
 
 def checksums(digests: dict[str, str]) -> bytes:

@@ -1,0 +1,124 @@
+"""How much of what `pairsieve sample` planted each step caught. In: decisions and the pool's columns. Out: counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.decide import READ
+from pipeline.record import batches, parts_of, rows_of
+from pipeline.run import Receipt
+from pipeline.step import table_texts
+from pipeline.storage import Root
+
+MAX_ROWS = 1_000_000
+"""Largest pool that is looked at: a sample is a few thousand rows, and this is held in memory."""
+
+CATCHERS = {
+    "near_copy": ("dedup",),
+    "mismatched_caption": ("cut",),
+    "junk_caption": ("filter", "cut"),
+    "unreadable_image": ("read",),
+    "missing_caption": ("read",),
+    "missing_image": ("read",),
+    "truncated_shard": ("read",),
+}
+"""Fault -> the rules that are meant to catch it."""
+
+
+def has_planted(receipts: Sequence[Receipt]) -> bool:
+    """Whether a pool tells what was planted in it, and is small enough to be looked at."""
+    rows = sum(r["files"]["samples"]["rows"] for r in receipts)
+    return rows <= MAX_ROWS and any("planted" in r["facts"].get("columns", ()) for r in receipts)
+
+
+def caught(directory: Root, store: Root, receipts: Sequence[Receipt], steps: Sequence[str]) -> dict[str, Any]:
+    """Count by fault and step.
+
+    A near copy counts as caught by a dedup step that dropped it or its original, when the two are in one group of
+    duplicates: joined by a chain of `duplicate_of` of that step.
+
+    Args:
+        directory: the run directory.
+        store: of the run.
+        receipts: of the dataset `read`.
+        steps: `NN-NAME` of each.
+
+    Returns:
+        steps: READ and the given ones; kinds: fault -> planted (rows), by_step (rows dropped; for a step that is meant
+        to catch the fault, rows caught), meant (those steps), caught (rows, by any of them), recall; unplanted:
+        step -> rows dropped without a fault; precision: step -> rows caught / rows dropped, where it is meant to
+        catch anything.
+    """
+    planted, original = [], []
+    for receipt in receipts:
+        columns = rows_of(store, receipt, "columns")
+        planted += table_texts(columns, "planted")
+        original += table_texts(columns, "planted_of")
+    names = ["uid", "key", "step", "duplicate_of"]
+    table = pa.concat_tables([b for path in parts_of(directory, "decisions") for b in batches(directory, path, names)])
+    uid, key, step, duplicate_of = (table.column(name).to_pylist() for name in names)
+    if len(planted) != len(uid):
+        raise ValueError(f"{len(planted)} rows in the store, {len(uid)} decided")
+    row_of = {k: row for row, k in enumerate(key)}
+    groups = {name: _Groups() for name in steps}
+    for row, name in enumerate(step):
+        if name and duplicate_of[row]:
+            groups[name].join(uid[row], duplicate_of[row])
+
+    every = [READ, *steps]
+    dropped = Counter(name for name in step if name)
+    kinds: dict[str, Any] = {}
+    right: Counter[str] = Counter()
+    for kind in (k for k in CATCHERS if k in set(planted)):
+        meant = [name for name in every if name.partition("-")[2] in CATCHERS[kind]]
+        by_step, found = dict.fromkeys(every, 0), 0
+        rows = [row for row, fault in enumerate(planted) if fault == kind]
+        for row in rows:
+            if kind == "near_copy":
+                first = row_of.get(original[row])
+                catching = [n for n in meant if first is not None and _repeats(groups[n], step, uid, row, first, n)]
+            else:
+                catching = [n for n in meant if step[row] == n]
+            for name in catching or ([step[row]] if step[row] and step[row] not in meant else []):
+                by_step[name] += 1
+            found += bool(catching)
+        right.update({name: by_step[name] for name in meant})
+        kinds[kind] = {
+            "planted": len(rows),
+            "by_step": by_step,
+            "meant": meant,
+            "caught": found,
+            "recall": found / len(rows),
+        }
+    unplanted = Counter(name for name, fault in zip(step, planted, strict=True) if name and not fault)
+    return {
+        "steps": every,
+        "kinds": kinds,
+        "dropped": {name: dropped[name] for name in every},
+        "unplanted": {name: unplanted[name] for name in every},
+        "precision": {name: right[name] / dropped[name] for name in every if name in right and dropped[name]},
+    }
+
+
+def _repeats(groups: _Groups, step: list[str | None], uid: list[str], row: int, first: int, name: str) -> bool:
+    return name in (step[row], step[first]) and groups.root(uid[row]) == groups.root(uid[first])
+
+
+class _Groups:
+    """Uids joined into groups."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def root(self, uid: str) -> str:
+        while (above := self._parent.get(uid, uid)) != uid:
+            self._parent[uid] = self._parent.get(above, above)
+            uid = above
+        return uid
+
+    def join(self, first: str, second: str) -> None:
+        self._parent[self.root(first)] = self.root(second)
