@@ -36,6 +36,7 @@ def test_variants_of_a_caption_share_a_stem_and_other_captions_do_not() -> None:
     assert caption_stem("man: bald") == caption_stem("person: medium-light skin tone, bald") == "bald"
     assert caption_stem("red car") != caption_stem("blue car")
     assert caption_stem("12") == "12" != caption_stem("13")
+    assert caption_stem("kiss: person, bald") == "kiss", "what stands behind a colon is a variant"
 
 
 def test_near_copies_differ_in_a_few_bits_and_other_images_in_many() -> None:
@@ -61,6 +62,8 @@ def test_groups_by_hand() -> None:
     stems = ["cat", "dog", "cat", "car", "bus", "van"]
     assert content_groups(stems, [0, 1 << 40, 1 << 20 | 2**30 - 1, 3 << 40, 2**64 - 1, 2**63 - 1]) == [0, 0, 0, 0, 4, 4]
     assert content_groups(["a", "b"], [0, 0b1111111]) == [0, 1], "seven bits apart"
+    spread = sum(1 << bit for bit in (3, 14, 25, 36, 47, 58))
+    assert content_groups(["a", "b"], [0, spread]) == [0, 0], "six bits apart, all over the hash"
     assert content_groups(["a", "b"], [0, 0b111111]) == [0, 0], "six bits apart"
 
 
@@ -96,8 +99,9 @@ def test_whole_groups_are_held_out_and_never_too_many(groups: list[int], fractio
 
 def test_a_caption_on_hundreds_of_images_stays_in_training() -> None:
     groups = [0] * 50 + list(range(1, 151))
-    held = hold_out(groups, [str(i) for i in range(200)], 0.5, 0)
-    assert held.sum() == 100 and not held[:50].any()
+    for seed in range(5):
+        held = hold_out(groups, [str(i) for i in range(200)], 0.5, seed)
+        assert held.sum() == 100 and not held[:50].any()
     assert hold_out(groups, [str(i) for i in range(200)], 0.5, 1).tolist() != held.tolist()
 
 
