@@ -192,7 +192,7 @@ class _Place:
         if not self._is_http:
             return self._folder(posixpath.dirname(path)).files.get(path)
         try:
-            return self._source(persistently(lambda: self.fs.info(path)))
+            return self._source(persistently(lambda: self.fs.info(path), self._url(path)))
         except FileNotFoundError:
             return None
 
@@ -204,7 +204,7 @@ class _Place:
 
     def _asked(self, folder: str) -> _Folder:
         try:
-            infos = persistently(lambda: self.fs.ls(folder, detail=True))
+            infos = persistently(lambda: self.fs.ls(folder, detail=True), self._url(folder))
         except (FileNotFoundError, NotADirectoryError):
             infos = []
         # Some stores list a folder's own marker in it.
@@ -216,7 +216,7 @@ class _Place:
     def _source(self, info: dict[str, Any]) -> Source:
         path = info["name"]
         if info.get("size") is None:
-            info = persistently(lambda: self.fs.info(path))
+            info = persistently(lambda: self.fs.info(path), self._url(path))
             if info.get("size") is None:
                 raise UserError(f"pool.path: {redacted(path)}: the server does not tell its length")
         etag = next((str(info[name]) for name in (*ETAGS, *TIMES) if info.get(name) is not None), "")

@@ -1,16 +1,20 @@
 """Bytes in and out: one folder anywhere (local or any fsspec URL), and the files of a unit fetched to local disk.
 
 Rule of the file: an object appears whole under its name or not at all. Locally that is a temporary file in the same
-folder, fsync, rename, fsync of the folder; on an object store it is one PUT (reliability.md 1i rule 2).
+folder, fsync, rename, fsync of the folder; on an object store it is one PUT, looked at afterwards. Every call to an
+object store waits its turn, is tried again after an error that passes, and must give as many bytes as it should.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
 import random
+import re
 import tempfile
+import threading
 import time
 import uuid
 import zlib
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
@@ -30,7 +34,24 @@ from pipeline.stage import LocalFile, Source, Unit
 T = TypeVar("T")
 BLOCK_BYTES = 1 << 20
 ATTEMPTS = 6
-"""Tries of one storage call; with doubling, jittered pauses from 0.2 s they last some 12 s (reliability.md S9)."""
+"""Tries of one storage call; with doubling, jittered pauses from PAUSE_S they last some 12 s."""
+
+PAUSE_S = 0.2
+
+REQUESTS_PER_S = 1000
+"""Of one process to one prefix (bucket and first folder), after a burst of as many; S3 takes some 3,500 in all."""
+
+PASSING_ERRORS = (errno.EBUSY, errno.EAGAIN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EPIPE)
+"""What s3fs makes of 503 SlowDown and 500; its text then no longer says so."""
+
+PASSING_SIGNS = re.compile(r"SlowDown|Throttl|RequestTimeout|InternalError|ServiceUnavailable|timed out|reset by peer")
+PASSING_CODES = re.compile(r"\b(429|500|502|503|504)\b")
+
+NETWORK = ("aiohttp", "azure", "botocore", "gcsfs", "huggingface_hub", "requests")
+"""Packages below fsspec whose own errors are no OSError."""
+
+MD5 = re.compile(r"[0-9a-f]{32}")
+"""An etag that may be the MD5 of the object: of one PUT to S3 without a key of the user's."""
 
 TEMPORARY = ".tmp-"
 """What the name of a file begins with that is still being written."""
@@ -76,37 +97,58 @@ def filesystem(url: str, options: dict[str, dict[str, Any]]) -> tuple[Any, str]:
     return fs, path
 
 
-def is_passing(error: BaseException) -> bool:
+def is_passing(error: Exception) -> bool:
     """Whether an error of a storage call is worth another try: throttling, a reset, a time-out; never a 403 or 404."""
     if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
-    if isinstance(error, (ConnectionError, TimeoutError)):
+    if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in PASSING_ERRORS:
         return True
+    foreign = type(error).__module__.partition(".")[0] in NETWORK
     text = f"{type(error).__name__} {error}"
-    signs = (
-        "SlowDown",
-        "Throttl",
-        "RequestTimeout",
-        "InternalError",
-        "ServiceUnavailable",
-        "timed out",
-        "reset by peer",
-    )
-    return isinstance(error, OSError) and (
-        any(sign in text for sign in signs) or any(f" {c}" in text for c in (500, 502, 503, 504))
-    )
+    return bool((foreign or isinstance(error, OSError)) and (PASSING_SIGNS.search(text) or PASSING_CODES.search(text)))
 
 
-def persistently(call: Callable[[], T]) -> T:
-    """Do a storage call, again after a passing error; the last error is raised as it is."""
-    for attempt in range(ATTEMPTS):
+def persistently(call: Callable[[], T], where: str) -> T:
+    """Do a storage call in its turn, again after a passing error.
+
+    Args:
+        call: what to do; it may be done several times.
+        where: path or URL of what it is about: whose turn it is, and for the message.
+
+    Raises:
+        PermissionError: refused. That is not throttling, and not tried again.
+        OSError: the last error; one of a network package becomes an OSError.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        _wait_turn(where)
         try:
             return call()
-        except OSError as error:
-            if attempt == ATTEMPTS - 1 or not is_passing(error):
-                raise
-            time.sleep(0.2 * 2**attempt * (0.5 + random.random()))
+        except PermissionError as error:
+            raise PermissionError(f"{redacted(where)}: access refused (not throttling): {error}") from error
+        except Exception as error:
+            if not is_passing(error):
+                if type(error).__module__.partition(".")[0] not in NETWORK:
+                    raise
+                raise OSError(f"{redacted(where)}: {type(error).__name__}: {error}") from error
+            if attempt == ATTEMPTS:
+                raise OSError(f"{redacted(where)}: {type(error).__name__}: {error}; {ATTEMPTS} tries") from error
+            time.sleep(PAUSE_S * 2 ** (attempt - 1) * (0.5 + random.random()))
     raise AssertionError("unreachable")
+
+
+_turns: dict[str, float] = {}
+_turns_lock = threading.Lock()
+
+
+def _wait_turn(where: str) -> None:
+    """A token bucket for each prefix: what it holds is how far the time of its next request lies in the past."""
+    prefix = "/".join(where.partition("://")[2].split("/")[:2] if "://" in where else where.strip("/").split("/")[:2])
+    with _turns_lock:
+        now = time.monotonic()
+        turn = max(_turns.get(prefix, 0.0), now - 1.0)
+        _turns[prefix] = turn + 1 / REQUESTS_PER_S
+    if turn > now:
+        time.sleep(turn - now)
 
 
 def sync_folder(folder: Path) -> None:
@@ -116,6 +158,14 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder and those above it, each of which outlives a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 class Root:
@@ -140,13 +190,13 @@ class Root:
             with open(self._local / path, "rb") as file:
                 file.seek(start or 0)
                 return file.read() if stop is None else file.read(stop - (start or 0))
-        return bytes(persistently(lambda: self._fs.cat_file(f"{self._base}/{path}", start=start, end=stop)))
+        return self._call(path, lambda full: _get(self._fs, full, start, stop))
 
     def open(self, path: str) -> BinaryIO:
         """A file for reading, seekable; of an object store it is fetched in blocks, as they are asked for."""
         if self._local:
             return open(self._local / path, "rb")
-        return cast(BinaryIO, persistently(lambda: self._fs.open(f"{self._base}/{path}", "rb")))
+        return self._call(path, lambda full: cast(BinaryIO, self._fs.open(full, "rb")))
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         """Put a whole file in place of whatever is there."""
@@ -156,8 +206,7 @@ class Root:
                 os.replace(temporary, self._local / path)
             sync_folder((self._local / path).parent)
         else:
-            persistently(lambda: self._fs.pipe_file(f"{self._base}/{path}", bytes(data)))
-            self._check_bytes(path, len(data))
+            self._call(path, lambda full: _put(self._fs, full, bytes(data)))
 
     def create(self, path: str, data: bytes) -> bool:
         """Put a whole file if there is none; False, and nothing changed, where one exists already."""
@@ -172,10 +221,13 @@ class Root:
             sync_folder(target.parent)
             return True
         try:
-            persistently(lambda: self._fs.pipe_file(f"{self._base}/{path}", data, mode="create"))
+            self._call(path, lambda full: self._fs.pipe_file(full, data, mode="create"))
         except FileExistsError:
             # Also the answer to a retry whose first try arrived without its acknowledgement.
             return self.read(path) == data
+        # Looked at without a second try: another attempt may have put its own in place by now.
+        if self.read(path) != data:
+            raise OSError(f"{redacted(self.url)}/{path}: holds other bytes than were created")
         return True
 
     @contextmanager
@@ -192,17 +244,15 @@ class Root:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / "part"
             yield temporary
-            persistently(lambda: self._fs.put_file(str(temporary), f"{self._base}/{path}"))
-            self._check_bytes(path, temporary.stat().st_size)
+            self._call(path, lambda full: _put(self._fs, full, temporary))
 
     def bytes(self, path: str) -> int | None:
         """Length of a file, or None where there is none."""
         if self._local:
             target = self._local / path
             return target.stat().st_size if target.is_file() else None
-        self._fs.invalidate_cache()
         try:
-            return int(persistently(lambda: self._fs.info(f"{self._base}/{path}"))["size"])
+            return int(self._call(path, lambda full: _info(self._fs, full))["size"])
         except FileNotFoundError:
             return None
 
@@ -217,9 +267,8 @@ class Root:
                         found[full.relative_to(self._local).as_posix()] = full.stat().st_size
             return dict(sorted(found.items()))
         self._fs.invalidate_cache()
-        where = f"{self._base}/{folder}".rstrip("/")
         try:
-            listed = persistently(lambda: self._fs.find(where, detail=True))
+            listed = self._call(folder, lambda full: self._fs.find(full.rstrip("/"), detail=True))
         except FileNotFoundError:
             return {}
         base = self._fs._strip_protocol(self._base)
@@ -231,23 +280,66 @@ class Root:
             (self._local / path).unlink(missing_ok=True)
             return
         try:
-            persistently(lambda: self._fs.rm_file(f"{self._base}/{path}"))
+            self._call(path, self._fs.rm_file)
         except FileNotFoundError:
             return
 
     @contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
+            make_folder(target.parent)
             yield temporary
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(target)  # a full disk does not say which file it was
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _check_bytes(self, path: str, expected: int) -> None:
-        found = self.bytes(path)
-        if found != expected:
-            raise OSError(f"{redacted(self.url)}/{path}: {found} bytes after writing {expected}")
+    def _call(self, path: str, call: Callable[[str], T]) -> T:
+        """Do a call of the object store on a path of this root."""
+        return persistently(lambda: call(f"{self._base}/{path}"), f"{self.url}/{path}")
+
+
+def etag_of(info: dict[str, Any]) -> str:
+    """The etag of an object store's entry, without quotes; empty where there is none."""
+    return str(info.get("ETag") or info.get("etag") or "").strip('"')
+
+
+def _info(fs: Any, path: str) -> dict[str, Any]:
+    fs.invalidate_cache()
+    return cast("dict[str, Any]", fs.info(path))
+
+
+def _get(fs: Any, path: str, start: int | None, stop: int | None) -> bytes:
+    """One GET, whose length is checked: a connection that breaks may look like the end of the file."""
+    data = bytes(fs.cat_file(path, start=start, end=stop))
+    first = start or 0
+    if stop is None or len(data) != stop - first:
+        there = int(_info(fs, path)["size"])
+        expected = max(0, (there if stop is None else min(stop, there)) - first)
+        if len(data) != expected:
+            raise ConnectionError(f"{len(data)} of {expected} bytes arrived")
+    return data
+
+
+def _put(fs: Any, path: str, content: bytes | Path) -> None:
+    """One PUT, and a look at what is there now."""
+    if isinstance(content, Path):
+        fs.put_file(str(content), path)
+    else:
+        fs.pipe_file(path, content)
+    info = _info(fs, path)
+    expected = content.stat().st_size if isinstance(content, Path) else len(content)
+    if int(info["size"]) != expected:
+        raise ConnectionError(f"{info['size']} bytes are there after writing {expected}")
+    etag = etag_of(info)
+    if MD5.fullmatch(etag):
+        data = content.read_bytes() if isinstance(content, Path) else content
+        # The etag of an encrypted object looks the same and is something else: only its bytes tell.
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() != etag and fs.cat_file(path) != data:
+            raise ConnectionError("other bytes are there than were written")
 
 
 def _write_synced(path: Path, data: bytes | memoryview) -> None:
@@ -292,7 +384,7 @@ class UnitFiles:
             return
         fs, path = filesystem(source.url, self._machine.storage_options)
         for start, stop in ranges:
-            yield persistently(partial(fs.cat_file, path, start=start, end=stop))
+            yield persistently(partial(_get, fs, path, start, min(stop, source.bytes)), source.url)
 
     def _fetch(self, source: Source) -> LocalFile:
         fs, path = filesystem(source.url, self._machine.storage_options)
@@ -300,7 +392,7 @@ class UnitFiles:
             stored = Path(path)
         else:
             stored = self._scratch() / Path(path).name
-            persistently(lambda: fs.get_file(path, str(stored)))
+            persistently(lambda: _download(fs, path, stored, source), source.url)
         found = stored.stat().st_size
         if found != source.bytes:
             raise OSError(f"{redacted(source.url)}: {found} bytes, but {source.bytes} when it was listed")
@@ -315,6 +407,21 @@ class UnitFiles:
         return Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(dir=self._machine.scratch)))
 
 
+def _download(fs: Any, path: str, stored: Path, source: Source) -> None:
+    """Fetch a file whole; twice where its etag may be its MD5 and is not, until two tries agree."""
+    fs.get_file(path, str(stored))
+    if stored.stat().st_size < source.bytes:
+        raise ConnectionError(f"{stored.stat().st_size} of {source.bytes} bytes arrived")
+    if MD5.fullmatch(source.etag):
+        with open(stored, "rb") as file:
+            first = digest_of(file, "md5")
+        if first != source.etag:
+            fs.get_file(path, str(stored))
+            with open(stored, "rb") as file:
+                if digest_of(file, "md5") not in (first, source.etag):
+                    raise ConnectionError("two tries gave different bytes")
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a local file, read in blocks."""
     with open(path, "rb") as file:
@@ -323,7 +430,12 @@ def sha256_file(path: Path) -> str:
 
 def sha256_of(file: BinaryIO) -> str:
     """Hex digest of an open file, read in blocks."""
-    digest = hashlib.sha256()
+    return digest_of(file, "sha256")
+
+
+def digest_of(file: BinaryIO, name: Literal["md5", "sha256"]) -> str:
+    """The same for an algorithm of hashlib; MD5 only to compare with what a store tells."""
+    digest = hashlib.new(name, usedforsecurity=False)
     while block := file.read(BLOCK_BYTES):
         digest.update(block)
     return digest.hexdigest()

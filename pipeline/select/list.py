@@ -25,7 +25,7 @@ from pipeline.machine import Machine
 from pipeline.select.judge import judged
 from pipeline.state import Verdict
 from pipeline.step import RULE, Outcome, Step
-from pipeline.storage import filesystem, persistently, redacted
+from pipeline.storage import Root, redacted
 
 SUBSET = np.dtype("u8,u8")
 
@@ -138,8 +138,8 @@ def _values(samples: pa.Table, on: str) -> list[str | None]:
 
 
 def _read(url: str, machine: Machine) -> bytes:
-    fs, path = filesystem(url, machine.storage_options)
+    folder, slash, name = url.rpartition("/")
     try:
-        return bytes(persistently(lambda: fs.cat_file(path)))
+        return Root(folder or slash or ".", machine.storage_options).read(name)
     except OSError as error:
         raise UserError(f"list: {redacted(url)} cannot be read: {type(error).__name__}") from None
