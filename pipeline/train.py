@@ -612,8 +612,8 @@ def model_card(recipe: TrainRecipe, pairs: Sequence[Pair], figures: Figures | No
     lines = [
         f"# {recipe.model.arch}",
         "",
-        f"A CLIP model, trained by `pairsieve train-filter` {taught} a teacher on {len(pairs):,} image-text pairs,",
-        f"epochs: {recipe.epochs}, batch: {recipe.batch}. A pair's score is the cosine of its image's and its text's vector.",
+        f"A CLIP model, trained by `pairsieve train-filter` {taught} a teacher on {len(pairs):,} image-text pairs.",
+        f"Epochs: {recipe.epochs}; batch: {recipe.batch}. A pair's score is the cosine of its two vectors.",
         "",
         "## Data and licences",
         "",
