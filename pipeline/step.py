@@ -131,7 +131,8 @@ def table_numbers(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return np.array([_number(v) for v in column.to_pylist()], np.float64)
-    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+    kinds = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    if any(is_kind(column.type) for is_kind in kinds):
         return np.asarray(pc.cast(column, pa.float64(), safe=False), np.float64)
     return np.full(table.num_rows, np.nan)
 
@@ -151,5 +152,11 @@ def table_texts(table: pa.Table, name: str) -> list[str | None]:
 
 
 def as_text(value: Any) -> str:
-    """One metadata value as it is compared with a recipe's: true and false in lower case, all else as str gives it."""
+    """One metadata value as it is compared with a recipe's.
+
+    true and false in lower case; whole numbers without a point, since a null makes pandas store them as floats; all
+    else as str gives it.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
