@@ -6,7 +6,6 @@ deleted goes names first, bytes last, so that a stop in the middle never leaves 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.errors import UserError
 from pipeline.record import load_record, receipts_of
-from pipeline.run import LISTED, LOOSE, MANIFESTS, PARTS, SEGMENTS, in_order
+from pipeline.run import LISTED, LOOSE, MANIFESTS, PARTS, SEGMENTS, in_order, read_record
 from pipeline.storage import TEMPORARY, Root, redacted
 
 STALE_S = 24 * 3600.0
@@ -123,8 +122,5 @@ def _receipts(store: Root, path: str) -> list[dict[str, str]]:
 
 
 def _keys(store: Root, path: str) -> list[str]:
-    try:
-        keys = json.loads(store.read(path))
-    except ValueError:
-        return [""]
+    keys = read_record(store, path)
     return keys if isinstance(keys, list) else [""]

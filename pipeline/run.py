@@ -6,6 +6,9 @@ Commit protocol (reliability.md 1i). A part is keyed by what was asked: its stag
 of what it reads. A worker builds the files of a part whole, publishes each under a name that holds its digest, creates
 the receipt once. The manifest of the dataset comes last. Readers read only what a receipt names, so a crash at any
 point leaves either a committed part or nothing that is ever looked at. Resume is a set difference of receipts.
+
+Every record (receipt, manifest, memo) carries a digest of itself. A damaged one counts as none: what it stood for is
+made again, and comes out the same.
 """
 
 from __future__ import annotations
@@ -52,6 +55,35 @@ RECEIPTS = pa.schema([("key", pa.string()), ("receipt", pa.string())])
 Receipt = dict[str, Any]
 """key; stage; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; exports: path in
 the run directory -> {sha256, bytes}; facts; content: role -> sha256 of the unit's files, for a first read."""
+
+
+def sealed(value: Any) -> bytes:
+    """A record: canonical JSON, and a line with its digest."""
+    text = canonical(value)
+    return text + b"\n" + _sha256(text).encode()
+
+
+def unsealed(data: bytes) -> Any:
+    """The value of a record.
+
+    Raises:
+        ValueError: its digest is another one.
+    """
+    text, _, seal = data.rpartition(b"\n")
+    if _sha256(text).encode() != seal:
+        raise ValueError("a damaged record")
+    return json.loads(text)
+
+
+def read_record(store: Root, path: str) -> Any:
+    """The value of a record, or None where there is none or a damaged one."""
+    try:
+        return unsealed(store.read(path))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        log.warning("%s is damaged; what it stands for is made again", path)
+        return None
 
 
 def stage_key(stage: Stage) -> str:
@@ -148,7 +180,7 @@ class _Bench:
             receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
             if task.after:
                 self._go_on(task, receipts[0], files)
-            self.store.create(_listed(task.listing), canonical(keys))
+            self.store.write(_listed(task.listing), sealed(keys))
             return receipts
 
     def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> None:
@@ -211,11 +243,8 @@ def _receipt_path(stage: str, key: str) -> str:
 
 
 def read_receipt(store: Root, stage: Stage, key: str) -> Receipt | None:
-    """The receipt of one part, or None where it is not committed."""
-    try:
-        return cast(Receipt, json.loads(store.read(_receipt_path(stage.name, key))))
-    except FileNotFoundError:
-        return None
+    """The receipt of one part, or None where it is not committed, or no longer loose."""
+    return cast("Receipt | None", read_record(store, _receipt_path(stage.name, key)))
 
 
 def commit(
@@ -252,10 +281,13 @@ def commit(
         "facts": made.facts,
         "content": content,
     }
-    if store.create(_receipt_path(stage.name, key), canonical(receipt)):
+    where = _receipt_path(stage.name, key)
+    if store.create(where, sealed(receipt)):
         return receipt
     first = read_receipt(store, stage, key)
-    assert first is not None
+    if first is None:  # torn by a store that does not create whole files, or damaged since
+        store.write(where, sealed(receipt))
+        return receipt
     for output, file in files.items():
         if first["files"][output]["sha256"] != file["sha256"]:
             if stage.exact:
@@ -325,6 +357,8 @@ class Run:
     datasets: list[tuple[str, str]] = field(default_factory=list)
     numerics_class: dict[str, str] = field(default_factory=dict)
     segment_parts: int = SEGMENT_PARTS
+    _manifests: set[str] = field(default_factory=set)
+    """Paths of those known to be there and whole."""
 
     def numerics(self, question: Callable[[Machine], T]) -> T:
         """What a worker with a GPU, if there is one, computes forward passes with; kept for the run's record."""
@@ -416,7 +450,7 @@ class Run:
             for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), bool(then)):
                 keys[todo[position]] = done[0]["key"]
                 known[done[0]["key"]] = done[0]
-            self.store.write(_listed(digest(listings)), canonical(keys))
+            self.store.write(_listed(digest(listings)), sealed(keys))
         return self._finish(stage, [cast(str, k) for k in keys], known, [u.shard for u in units])
 
     def export(
@@ -474,11 +508,15 @@ class Run:
 
     def _finished(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt] | None:
         """All receipts of a dataset from its manifest, or None where it was never finished."""
+        path = _manifest(stage, keys)
         try:
-            data = self.store.read(_manifest(stage, keys))
+            found = self._unpacked(path)
         except FileNotFoundError:
             return None
-        return _unpack(data)
+        if not found.keys() >= set(keys):
+            return None
+        self._manifests.add(path)
+        return found
 
     def _committed(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
         """Receipts of those keys that are committed: compacted ones, and loose ones found by listing."""
@@ -491,22 +529,28 @@ class Run:
                 if len(found) == len(wanted):
                     return found
                 if SEALED.fullmatch(path.rpartition("/")[2]):
-                    found.update(_unpack(self.store.read(path), wanted))
+                    found.update((k, r) for k, r in self._unpacked(path).items() if k in wanted)
         for path in self.store.list(f"{LOOSE}/{stage.name}"):
             key = path.rpartition("/")[2].removesuffix(".json")
-            if key in wanted and key not in found:
-                found[key] = json.loads(self.store.read(path))
+            if key in wanted and key not in found and (receipt := read_record(self.store, path)):
+                found[key] = receipt
         return found
 
-    def _listed(self, listings: Sequence[str]) -> list[str | None]:
+    def _unpacked(self, path: str) -> dict[str, Receipt]:
+        """The receipts of a manifest or a segment by key; none where it is damaged."""
+        data = self.store.read(path)
         try:
-            return cast("list[str | None]", json.loads(self.store.read(_listed(digest(listings)))))
-        except FileNotFoundError:
-            have = set(self.store.list(LISTED))
-        return [
-            json.loads(self.store.read(_listed(listing)))[0] if _listed(listing) in have else None
-            for listing in listings
-        ]
+            return {receipt["key"]: receipt for receipt in in_order(data)}
+        except ValueError as error:
+            log.warning("%s: %s; what it stands for is made again", path, error)
+            return {}
+
+    def _listed(self, listings: Sequence[str]) -> list[str | None]:
+        if every := read_record(self.store, _listed(digest(listings))):
+            return cast("list[str | None]", every)
+        have = set(self.store.list(LISTED))
+        memos = (read_record(self.store, _listed(k)) if _listed(k) in have else None for k in listings)
+        return [memo[0] if memo else None for memo in memos]
 
     def _do(
         self, title: str, tasks: Iterator[Task], done: int, total: int, gpu: bool
@@ -559,8 +603,9 @@ class Run:
         self, stage: Stage, keys: Sequence[str], found: dict[str, Receipt], names: Sequence[str]
     ) -> dict[str, Dataset]:
         path = _manifest(stage, keys)
-        if self.store.bytes(path) is None:
+        if path not in self._manifests:
             self.store.write(path, _pack([found[k] for k in keys]))
+            self._manifests.add(path)
         self.store.delete(_failed(stage.name))
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
@@ -582,19 +627,21 @@ def _manifest(stage: Stage, keys: Sequence[str]) -> str:
 
 
 def _pack(receipts: Sequence[Receipt]) -> bytes:
-    rows = {"key": [r["key"] for r in receipts], "receipt": [canonical(r).decode() for r in receipts]}
+    rows = {"key": [r["key"] for r in receipts], "receipt": [sealed(r).decode() for r in receipts]}
     return to_parquet(pa.table(rows, schema=RECEIPTS))
 
 
-def _unpack(data: bytes, wanted: set[str] | None = None) -> dict[str, Receipt]:
-    table = pq.read_table(io.BytesIO(data))
-    pairs = zip(table.column("key").to_pylist(), table.column("receipt").to_pylist(), strict=True)
-    return {k: json.loads(r) for k, r in pairs if wanted is None or k in wanted}
-
-
 def in_order(data: bytes) -> list[Receipt]:
-    """The receipts that a manifest or a segment holds; those of a manifest in the order of the dataset's parts."""
-    return list(map(json.loads, pq.read_table(io.BytesIO(data), columns=["receipt"]).column("receipt").to_pylist()))
+    """The receipts that a manifest or a segment holds; those of a manifest in the order of the dataset's parts.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    try:
+        receipts = pq.read_table(io.BytesIO(data), columns=["receipt"]).column("receipt").to_pylist()
+        return [unsealed(receipt.encode()) for receipt in receipts]
+    except (pa.ArrowException, OSError, AttributeError, KeyError) as error:
+        raise ValueError(f"not a list of receipts: {' '.join(str(error).split())}") from None
 
 
 def _facts(receipt: Receipt) -> str:
