@@ -12,7 +12,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -196,7 +196,8 @@ def _shard_pairs(reading: Reading, unit: int, data: Data) -> Iterator[Pair]:
 def _as_text(value: object) -> str:
     """A field as one text: lists of words, also those written as JSON, are joined by commas."""
     if isinstance(value, str) and value.startswith("["):
-        value = json.loads(value)
+        with suppress(ValueError):  # else a text that happens to begin with a bracket
+            value = json.loads(value)
     if isinstance(value, list):
         return ", ".join(str(word) for word in value)
     return value.strip() if isinstance(value, str) else ""

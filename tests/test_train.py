@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs import train_filter
+from pipeline import tiny
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.train import (
@@ -56,6 +57,7 @@ def write_shard(path: Path, rows: range, images: dict[int, bytes] | None = None)
                 "source": ["drawn", "painted", "secret"][row % 3],
                 "license": ["CC0", "MIT", "none"][row % 3],
                 "keywords": json.dumps([COLOURS[row % 8], "shape"]),
+                "alt": "[no list" if row == 0 else None,
             }
             members = {"png": (images or {}).get(row, picture(row)), "txt": caption.encode()}
             members["json"] = json.dumps(fields).encode()
@@ -125,11 +127,38 @@ def test_pairs_carry_caption_variants_source_and_licence(pool: str) -> None:
     pairs = list_pairs(Data(path=pool, captions=("keywords", "alt"), skip_sources=("secret",)), MACHINE)
     assert len(pairs.rows) == 16 and {pair.source for pair in pairs.rows} == {"drawn", "painted"}
     first = pairs.rows[0]
-    assert (first.key, first.caption, first.variants, first.license) == ("000000000", "red bar", ("red, shape",), "CC0")
+    assert (first.key, first.caption, first.variants, first.license) == (
+        "000000000",
+        "red bar",
+        ("red, shape", "[no list"),
+        "CC0",
+    )
     image = pairs.image(pairs.rows[-1])
     assert isinstance(image, Image.Image)
     last = Image.open(io.BytesIO(picture(int(pairs.rows[-1].key))))
     assert np.array_equal(np.asarray(image), np.asarray(last))
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm:FutureWarning")  # open_clip's lock of a timm tower
+def test_the_first_step_of_a_locked_network_sees_what_open_clip_gives(pool: str, tmp_path: Path) -> None:
+    model = Model(arch=tiny.ARCH, config=str(tiny.CONFIG), weights=str(tiny.WEIGHTS), bpe=str(tiny.BPE))
+    model = model.model_copy(update={"unlocked_groups": 0})
+    data = Data(path=pool, held_out=0.0)
+    losses: list[float] = []
+    recipe = TrainRecipe(data=data, model=model, batch=24, epochs=1, min_crop=1.0)
+    train(recipe, tmp_path / "out", MACHINE, lambda done, steps, loss: losses.append(loss))
+
+    network, _, transform = open_clip.create_model_and_transforms(tiny.ARCH, pretrained=str(tiny.WEIGHTS))
+    pairs = list_pairs(data, MACHINE).rows
+    pictures = [Image.open(io.BytesIO(picture(int(pair.key)))) for pair in pairs]
+    captions = np.array([pair.caption for pair in pairs])
+    with torch.no_grad():
+        image_ND = network.eval().encode_image(torch.stack([transform(one) for one in pictures]), normalize=True)
+        tokens = open_clip.get_tokenizer(tiny.ARCH, bpe_path=str(tiny.BPE))(captions.tolist())
+        text_ND = network.encode_text(tokens, normalize=True)
+        same_NN = torch.from_numpy(captions[:, None] == captions[None, :])
+        expected = contrastive_loss(image_ND, text_ND, network.logit_scale.exp(), same_NN)
+    assert losses == [pytest.approx(expected.item(), rel=1e-4)]
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(pool: str, arch: Model, tmp_path: Path) -> None:
