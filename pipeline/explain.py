@@ -85,7 +85,7 @@ def explain(directory: Root, store: Root, uid: str) -> list[Explained]:
     found = []
     first = 0
     for path in parts_of(directory, "decisions"):
-        rows, count = _of_uid(directory, path, uid)
+        rows, count = rows_of_uid(directory, path, uid)
         for at, row in rows:
             read = _as_read(store, record, first + at)
             found.append(_explained(directory, record, row, read, path.rpartition("/")[2]))
@@ -95,7 +95,7 @@ def explain(directory: Root, store: Root, uid: str) -> list[Explained]:
     return found
 
 
-def _of_uid(directory: Root, path: str, uid: str) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+def rows_of_uid(directory: Root, path: str, uid: str) -> tuple[list[tuple[int, dict[str, Any]]], int]:
     """Rows of a parquet file with a uid, each with its position; and the rows of the whole file."""
     found: list[tuple[int, dict[str, Any]]] = []
     with directory.open(path) as file, pq.ParquetFile(file) as table:
@@ -168,7 +168,7 @@ def _facts(
         return {"value": row[rule.column or f"score_{rule.score}"], "threshold": threshold}
     if not isinstance(rule, (Dedup, Density)):
         return {}
-    rows, _ = _of_uid(directory, f"{folder}/assign/{part}", row["uid"])
+    rows, _ = rows_of_uid(directory, f"{folder}/assign/{part}", row["uid"])
     mine = next((r for _, r in rows if (r["shard"], r["key"]) == (row["shard"], row["key"])), {})
     facts = {name: value for name, value in mine.items() if name not in ("uid", "shard", "key") and value is not None}
     if isinstance(rule, Dedup):

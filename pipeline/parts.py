@@ -277,6 +277,8 @@ class StoredRows:
 
     def _check(self, path: str, data: bytes, expected: str) -> None:
         if hashlib.sha256(data).hexdigest() != expected:
+            stage = path.split("/")[1]
             raise DamagedPart(
-                f"{path}: its bytes do not match the digest in its receipt; delete it to have it made again"
+                f"{path}: its bytes do not match the digest in its receipt; to have them made again, delete "
+                f"manifests/{stage}, segments/{stage} and receipts/{stage} of the store"
             )
