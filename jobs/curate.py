@@ -15,6 +15,7 @@ from jobs.progress import progress
 from pipeline.curate import Curated, curate
 from pipeline.errors import UserError
 from pipeline.executor import Executor, Serial
+from pipeline.lease import leased
 from pipeline.machine import Machine, load_machine
 from pipeline.recipe import load_recipe, resolved
 from pipeline.run import FAILED, LOOSE, MANIFESTS, SEGMENTS, Run
@@ -49,7 +50,8 @@ def run(
         check_unfinished(directory, kept_in)
     workers = executor_of(executor, here)
     try:
-        curated = curate(Run(kept_in, directory, workers, here, progress()), wanted)
+        with leased(kept_in, directory):
+            curated = curate(Run(kept_in, directory, workers, here, progress()), wanted)
     finally:
         workers.close()
     show(curated, where)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
@@ -19,6 +21,10 @@ import typer
 from pipeline.errors import PairsieveError, UserError
 
 DONE, FAILED, WRONG, TOO_DAMAGED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+UNWIND_S = 4.0
+"""After a signal, until the process is ended by force."""
 
 
 class Terminated(BaseException):
@@ -50,7 +56,8 @@ def guarded(command: Callable[..., int]) -> Callable[..., None]:
         logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         for ours in ("pipeline", "jobs"):
             logging.getLogger(ours).setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
         raise typer.Exit(attempted(lambda: command(*args, **keys)))
 
     return run
@@ -73,8 +80,13 @@ def attempted(command: Callable[[], int]) -> int:
         return _say(f"terminated; {later}", TERMINATED)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind in good order; what hangs in a library is cut off. What is committed outlives both."""
+    code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
+    cut = threading.Timer(UNWIND_S, os._exit, [code])
+    cut.daemon = True
+    cut.start()
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def _say(message: str, code: int) -> int:

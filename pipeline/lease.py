@@ -1,0 +1,110 @@
+"""One run at a time in a run directory. In: the store and the directory. Out: a lease in the store while a run lasts.
+
+It spares two runs of one directory from undoing each other's files. Nothing depends on it for the committed parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.parts import canonical, digest
+from pipeline.storage import Root, redacted
+
+LEASES = "leases"
+"""Folder of a store: one object for each run directory that is being written."""
+
+BEAT_S = 10.0
+"""Between signs of life of a run."""
+
+WATCH_S = 35.0
+"""A holder that gives no sign for so long, by the clock of who watches, is taken for dead."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def leased(store: Root, directory: Root, beat_s: float = BEAT_S, watch_s: float = WATCH_S) -> Iterator[None]:
+    """Hold a run directory for as long as the block lasts.
+
+    Args:
+        store: where the lease lies.
+        directory: what it is for.
+        beat_s: between signs of life.
+        watch_s: how long another holder's are waited for.
+
+    Raises:
+        UserError: another run that is alive holds it.
+    """
+    path = f"{LEASES}/{digest(str(directory.local('') or directory.url))}.json"
+    mine = {"host": platform.node(), "pid": os.getpid(), "run": uuid.uuid4().hex}
+    if not store.create(path, canonical({**mine, "beat": 0})):
+        other = _read(store, path)
+        if other and _lives(store, path, other, watch_s):
+            holder = f"process {other['pid']} on {other['host']}"
+            raise UserError(f"{redacted(directory.url)}: another run writes here ({holder}); wait, or name another")
+        log.warning("%s: the run before did not end; going on from what it committed", redacted(directory.url))
+        store.write(path, canonical({**mine, "beat": 0}))
+    over = threading.Event()
+    heart = threading.Thread(target=_beat, args=(store, path, mine, beat_s, over), name="lease", daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        over.set()
+        heart.join(1.0)
+        with suppress(OSError):  # it would hide why the run ended; who comes next sees that nobody is there
+            store.delete(path)
+
+
+def _beat(store: Root, path: str, mine: dict[str, Any], beat_s: float, over: threading.Event) -> None:
+    for beat in itertools.count(1):
+        if over.wait(beat_s):
+            return
+        with suppress(OSError):  # the run itself will meet the same error
+            store.write(path, canonical({**mine, "beat": beat}))
+
+
+def _lives(store: Root, path: str, other: dict[str, Any], watch_s: float) -> bool:
+    """Whether a holder gives a sign of life. Clocks of hosts are not compared, and a process id may be used again."""
+    if other["host"] == platform.node() and not _runs(other["pid"]):
+        return False
+    log.info("another run, process %s on %s, seems to write here; waiting for a sign", other["pid"], other["host"])
+    end = time.monotonic() + watch_s
+    while time.monotonic() < end:
+        time.sleep(min(1.0, watch_s / 10))
+        now = _read(store, path)
+        if now != other:
+            return now is not None
+    return False
+
+
+def _read(store: Root, path: str) -> dict[str, Any] | None:
+    """A lease; None where there is none, or a torn one."""
+    try:
+        lease = json.loads(store.read(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return lease if isinstance(lease, dict) and {"host", "pid", "beat"} <= lease.keys() else None
+
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # the one of a container that was started again
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
