@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -35,39 +36,63 @@ def has_planted(receipts: Sequence[Receipt]) -> bool:
     return rows <= MAX_ROWS and any("planted" in r["facts"].get("columns", ()) for r in receipts)
 
 
-def caught(directory: Root, store: Root, receipts: Sequence[Receipt], steps: Sequence[str]) -> dict[str, Any]:
-    """Count by fault and step.
+@dataclass(frozen=True)
+class Told:
+    """What the pool tells of each row, and what became of it; lists of N.
 
-    A near copy counts as caught by a dedup step that dropped it or its original, when the two are in one group of
-    duplicates: joined by a chain of `duplicate_of` of that step.
-
-    Args:
-        directory: the run directory.
-        store: of the run.
-        receipts: of the dataset `read`.
-        steps: `NN-NAME` of each.
-
-    Returns:
-        steps: READ and the given ones; kinds: fault -> planted (rows), by_step (rows dropped; for a step that is meant
-        to catch the fault, rows caught), meant (those steps), caught (rows, by any of them), recall; unplanted:
-        step -> rows dropped without a fault; precision: step -> rows caught / rows dropped, where it is meant to
-        catch anything.
+    Attributes:
+        planted: one of CATCHERS, or anything else for none.
+        planted_of: key of the row that a near copy repeats.
+        uid, key, step, duplicate_of: as in decisions.
     """
-    planted, original = [], []
+
+    planted: list[str | None]
+    planted_of: list[str | None]
+    uid: list[str]
+    key: list[str]
+    step: list[str | None]
+    duplicate_of: list[str | None]
+
+
+def told(directory: Root, store: Root, receipts: Sequence[Receipt]) -> Told:
+    """Read it from the decisions, and from the pool's own columns in the store.
+
+    Raises:
+        Unreadable, DamagedPart: a file is missing or damaged.
+    """
+    planted: list[str | None] = []
+    original: list[str | None] = []
     for receipt in receipts:
         columns = rows_of(store, receipt, "columns")
         planted += table_texts(columns, "planted")
         original += table_texts(columns, "planted_of")
     names = ["uid", "key", "step", "duplicate_of"]
     table = pa.concat_tables([b for path in parts_of(directory, "decisions") for b in batches(directory, path, names)])
-    uid, key, step, duplicate_of = (table.column(name).to_pylist() for name in names)
-    if len(planted) != len(uid):
-        raise ValueError(f"{len(planted)} rows in the store, {len(uid)} decided")
-    row_of = {k: row for row, k in enumerate(key)}
+    return Told(planted, original, *(table.column(name).to_pylist() for name in names))
+
+
+def caught(rows: Told, steps: Sequence[str]) -> dict[str, Any]:
+    """Count by fault and step.
+
+    A near copy counts as caught by a dedup step that dropped it or its original, when the two are in one group of
+    duplicates: joined by a chain of `duplicate_of` of that step.
+
+    Args:
+        rows: of the whole pool.
+        steps: `NN-NAME` of each.
+
+    Returns:
+        steps: READ and the given ones; kinds: fault -> planted (rows), by_step (rows dropped; for a step that is meant
+        to catch the fault, rows caught), meant (those steps), caught (rows, by any of them), recall; dropped and
+        unplanted: step -> rows that it dropped, and those of them without a fault; precision: step -> rows caught by
+        rows dropped, where it is meant to catch anything.
+    """
+    planted, uid, step, duplicate_of = rows.planted, rows.uid, rows.step, rows.duplicate_of
+    row_of: dict[str | None, int] = {key: row for row, key in enumerate(rows.key)}
     groups = {name: _Groups() for name in steps}
-    for row, name in enumerate(step):
-        if name and duplicate_of[row]:
-            groups[name].join(uid[row], duplicate_of[row])
+    for mine, name, other in zip(uid, step, duplicate_of, strict=True):
+        if name and other:
+            groups[name].join(mine, other)
 
     every = [READ, *steps]
     dropped = Counter(name for name in step if name)
@@ -76,25 +101,28 @@ def caught(directory: Root, store: Root, receipts: Sequence[Receipt], steps: Seq
     for kind in (k for k in CATCHERS if k in set(planted)):
         meant = [name for name in every if name.partition("-")[2] in CATCHERS[kind]]
         by_step, found = dict.fromkeys(every, 0), 0
-        rows = [row for row, fault in enumerate(planted) if fault == kind]
-        for row in rows:
+        faulty = [row for row, fault in enumerate(planted) if fault == kind]
+        for row in faulty:
             if kind == "near_copy":
-                first = row_of.get(original[row])
+                first = row_of.get(rows.planted_of[row])
                 catching = [n for n in meant if first is not None and _repeats(groups[n], step, uid, row, first, n)]
             else:
                 catching = [n for n in meant if step[row] == n]
-            for name in catching or ([step[row]] if step[row] and step[row] not in meant else []):
+            elsewhere = step[row]
+            if not catching and elsewhere and elsewhere not in meant:
+                by_step[elsewhere] += 1
+            for name in catching:
                 by_step[name] += 1
             found += bool(catching)
         right.update({name: by_step[name] for name in meant})
         kinds[kind] = {
-            "planted": len(rows),
+            "planted": len(faulty),
             "by_step": by_step,
             "meant": meant,
             "caught": found,
-            "recall": found / len(rows),
+            "recall": found / len(faulty),
         }
-    unplanted = Counter(name for name, fault in zip(step, planted, strict=True) if name and not fault)
+    unplanted = Counter(name for name, fault in zip(step, planted, strict=True) if name and fault not in CATCHERS)
     return {
         "steps": every,
         "kinds": kinds,

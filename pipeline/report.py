@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import charts
 from pipeline.control import controls
@@ -33,7 +34,7 @@ from pipeline.pictures import (
     ranges_of,
     spoken_units,
 )
-from pipeline.planted import caught, has_planted
+from pipeline.planted import caught, has_planted, told
 from pipeline.record import Record, batches, load_record, parts_of, receipts_of
 from pipeline.run import Receipt
 from pipeline.storage import Root, redacted
@@ -122,7 +123,7 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
         ],
         "control": {"stride": counted.drawn.stride, "pool": control["pool"]},
         "problems": _problems(directory),
-        "planted": caught(directory, store, receipts, names) if receipts and has_planted(receipts) else None,
+        "planted": caught(told(directory, store, receipts), names) if receipts and has_planted(receipts) else None,
         "times": _times(json.loads(directory.read("times.json"))),
         "versions": about["versions"],
         "models": about["models"],
@@ -268,12 +269,13 @@ def _problems(directory: Root) -> dict[str, Any]:
     shards: Counter[str] = Counter()
     named: list[dict[str, Any]] = []
     for path in parts_of(directory, "problems"):
-        seen: set[tuple[str, str]] = set()  # a shard's lines are in one part
+        seen: set[tuple[str, str]] = set()  # all lines of a shard are in one part
         for table in batches(directory, path):
-            for line in table.to_pylist():
-                if line["key"] is not None:
-                    samples[line["reason"]] += 1
-                elif (line["shard"], line["reason"]) not in seen:
+            of_shard = pc.is_null(table.column("key"))
+            for found in table.filter(pc.invert(of_shard)).column("reason").value_counts().to_pylist():
+                samples[found["values"]] += found["counts"]
+            for line in table.filter(of_shard).to_pylist():
+                if (line["shard"], line["reason"]) not in seen:
                     seen.add((line["shard"], line["reason"]))
                     shards[line["reason"]] += 1
                     named.append(line)

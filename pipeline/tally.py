@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.decide import READ
-from pipeline.record import Record, batches, parts_of
+from pipeline.record import Record, Unreadable, batches, parts_of
 from pipeline.select.cut import Cut
 from pipeline.select.density import Density
 from pipeline.storage import Root
@@ -182,9 +182,10 @@ def tally(directory: Root, record: Record, listed: int, spoken: Sequence[range])
             entered = batch.number >= step.number
             assigned = feeds[step.name].take(int(entered.sum())) if step.name in feeds else None
             _see(step, steps, batch, entered, assigned)
-            if step.concepts and assigned is not None:
+            if step.concepts:
                 cluster = np.full(len(batch.row), -1, np.int64)
-                cluster[entered] = assigned.column("cluster").to_numpy()
+                if assigned is not None:
+                    cluster[entered] = assigned.column("cluster").to_numpy()
                 clusters[step.name] = cluster
                 heard = entered & (np.searchsorted(edges, batch.row, side="right") % 2 == 1)
                 step.concepts.spoken_row.append(batch.row[heard])
@@ -234,13 +235,24 @@ class _Feed:
     """The rows of an assignment, as many at a time as asked for: they follow the decisions of the rows that entered."""
 
     def __init__(self, directory: Root, folder: str) -> None:
+        self._folder = folder
         self._batches = (b for path in parts_of(directory, folder) for b in batches(directory, path))
         self._left: pa.Table | None = None
 
-    def take(self, rows: int) -> pa.Table:
+    def take(self, rows: int) -> pa.Table | None:
+        """The next rows; None for no rows.
+
+        Raises:
+            Unreadable: fewer are left.
+        """
+        if not rows:
+            return None
         found = [self._left] if self._left is not None else []
-        while sum(map(len, found)) < rows or not found:
-            found.append(next(self._batches))
+        while sum(map(len, found)) < rows:
+            more = next(self._batches, None)
+            if more is None:
+                raise Unreadable(self._folder, "it has fewer rows than entered the step")
+            found.append(more)
         table = pa.concat_tables(found)
         self._left = table.slice(rows)
         return table.slice(0, rows)
@@ -294,7 +306,7 @@ def _see_dedup(
     cosine[entered] = assigned.column("max_cosine").to_numpy()
     at = np.zeros(len(batch.row), np.int64)
     at[entered] = np.arange(len(assigned))
-    of = assigned.column("duplicate_of").take(pa.array(at)) if len(assigned) else pa.nulls(len(at), pa.string())
+    of = assigned.column("duplicate_of").take(pa.array(at))
     near = _candidates(np.abs(cosine - threshold), batch.row, cosine, threshold, kept, of)
     step.near_kept = _best(step.near_kept, near, kept & (cosine >= -0.999), NEAR)  # -1: the first of its cluster
     step.near_dropped = _best(step.near_dropped, near, dropped, NEAR)
