@@ -85,8 +85,8 @@ def receipts_of(store: Root, manifest: str) -> list[Receipt]:
         return in_order(store.read(manifest))
     except FileNotFoundError:
         raise Unreadable(manifest, "not in the store") from None
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise Unreadable(manifest, f"not a manifest: {error}") from None
+    except ValueError as error:
+        raise Unreadable(manifest, str(error)) from None
 
 
 def rows_of(store: Root, receipt: Receipt, output: str, columns: Sequence[str] | None = None) -> pa.Table:

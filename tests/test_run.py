@@ -200,6 +200,30 @@ def test_files_that_nobody_committed_are_not_read(store: Root, tmp_path: Path) -
     assert made(again) == [("times", 3)]
 
 
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"flip"])
+def test_damaged_records_count_as_none_and_what_they_stood_for_is_found_or_made_again(
+    tmp_path: Path, damage: bytes
+) -> None:
+    store = Root(str(tmp_path / "store"))
+    units = pool(tmp_path / "pool", 5)
+    first = run_of(store, tmp_path, segment_parts=2)
+    doubled = first.map(Times(2), first.read(Lines(), units)["numbers"])["products"]
+    whole = {path: store.read(path) for path in store.list()}
+    for folders in (("manifests",), ("listed",), ("manifests", "receipts"), ("manifests", "segments", "receipts")):
+        for path, data in whole.items():
+            middle = len(data) // 2
+            flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+            if path.startswith(folders):
+                store.write(path, flipped if damage == b"flip" else damage)
+        again = run_of(store, tmp_path, segment_parts=2)
+        assert again.map(Times(2), again.read(Lines(), units)["numbers"])["products"] == doubled
+        assert {path: data for path, data in whole.items() if path.startswith("parts")} == {
+            path: store.read(path) for path in store.list("parts")
+        }
+        for path, data in whole.items():
+            store.write(path, data)
+
+
 def test_a_part_without_its_receipt_is_made_anew(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     first = run_of(store, tmp_path)

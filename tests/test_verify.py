@@ -270,7 +270,7 @@ def test_a_manifest_that_is_gone_or_damaged_is_named(run: Path) -> None:
     (manifest,) = (run / "store/manifests/decide").iterdir()
     manifest.write_bytes(b"garbage")
     path = manifest.relative_to(run / "store").as_posix()
-    assert any(d.file == path and d.what.startswith("not a manifest") for d in differences(run))
+    assert any(d.file == path and d.what.startswith("not a list of receipts") for d in differences(run))
     manifest.unlink()
     assert Difference(path, "not in the store") in differences(run)
 
