@@ -54,9 +54,9 @@ def uids(*numbers: int) -> pa.Table:
 
 
 def evidence_of(image_ND: np.ndarray, text_ND: np.ndarray | None = None) -> pa.Table:
-    """schema.embeddings of one unit; rows of zeros have no vectors, and without texts there is no score."""
-    image, ok = unit16(image_ND)
-    text, both = unit16(image_ND if text_ND is None else text_ND)
+    """schema.embeddings of one unit; float16 rows as they are, others made unit; without texts there is no score."""
+    image, ok = _unit(image_ND)
+    text, both = _unit(image_ND if text_ND is None else text_ND)
     score = pa.array(row_cosine(image, text), mask=~(ok & both))
     columns = {
         "image": fixed(image, ok),
@@ -66,6 +66,10 @@ def evidence_of(image_ND: np.ndarray, text_ND: np.ndarray | None = None) -> pa.T
         "detail": pa.nulls(len(image), pa.string()),
     }
     return pa.table(columns, embeddings(image_ND.shape[1]))
+
+
+def _unit(vec_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (vec_ND, vec_ND.any(axis=1)) if vec_ND.dtype == np.float16 else unit16(vec_ND)
 
 
 def scores_of(*scores: float | None) -> pa.Table:

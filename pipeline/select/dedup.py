@@ -16,9 +16,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipeline.arrow import hexes, unfixed
-from pipeline.cluster import ASSIGNED, Clustering, health, nobody, sums_of
+from pipeline.cluster import ASSIGNED, Clustering, Clusters, health, nobody, sums_of
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
+from pipeline.parts import Dataset
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import drop, made
@@ -230,20 +231,31 @@ class Dedup:
             return nobody(step)
         k = self.clusters if self.clusters != "auto" else min(65_536, -(-step.survivors // 8000))
         found = Clustering(k, self.sample_per_cluster, self.iterations, self.passes).fit(step, self.space)
-        evidence, side = step.space(self.space)
+        compared = self.compare(step, found)
         groups = len(step.state)
-        buckets = step.run.map(Buckets(found.k), found.sizes.grouped(len(found.sizes)))["buckets"]
-        count = next(buckets.facts())["buckets"]
-        scatter = Scatter(side, count)
-        rows = (evidence, step.samples, found.assigned, step.places, buckets.spread(groups))
-        scattered = step.run.map(scatter, *rows)["rows"].shuffled(count)
-        within = Within(self.keep, step.seed, step.name, groups, self._min_cos if self.rule == "greedy" else None)
-        compared = step.run.map(within, scattered)["compared"].shuffled(groups)
         repeat = DropRepeats(step.number, self._min_cos)
         done = step.run.map(repeat, step.state, found.assigned, compared, step.samples)
         sizes = sums_of(step.run.rows(found.sizes.grouped(groups).parts[0]), found.k)[0]
         files = {"centroids.npy": found.centroid_file(step)}
         return Outcome(done["state"], done["compared"], files, health(sizes, found.objective))
+
+    def compare(self, step: Step, found: Clusters, bucket_rows: int = BUCKET_ROWS) -> Dataset:
+        """Each survivor's nearest earlier row in its cluster; one part for each group, rows in any order.
+
+        Args:
+            step: whose survivors.
+            found: their clusters.
+            bucket_rows: as BUCKET_ROWS; never changes the result.
+        """
+        evidence, side = step.space(self.space)
+        groups = len(step.state)
+        buckets = step.run.map(Buckets(found.k, bucket_rows), found.sizes.grouped(groups))["buckets"]
+        count = next(buckets.facts())["buckets"]
+        scatter = Scatter(side, count)
+        rows = (evidence, step.samples, found.assigned, step.places, buckets.spread(groups))
+        scattered = step.run.map(scatter, *rows)["rows"].shuffled(count)
+        within = Within(self.keep, step.seed, step.name, groups, self._min_cos if self.rule == "greedy" else None)
+        return step.run.map(within, scattered)["compared"].shuffled(groups)
 
     @property
     def _min_cos(self) -> float:
@@ -255,6 +267,7 @@ class Buckets:
     """Which clusters are compared by the same task."""
 
     k: int
+    rows: int
 
     name: ClassVar[str] = "dedup_buckets"
     version: ClassVar[int] = 1
@@ -265,7 +278,7 @@ class Buckets:
         return self.buckets
 
     def buckets(self, sizes: Rows) -> Made:
-        bucket_K = bucketise(sums_of(sizes, self.k)[0], BUCKET_ROWS)
+        bucket_K = bucketise(sums_of(sizes, self.k)[0], self.rows)
         return Made({"buckets": pa.table({"bucket": pa.array(bucket_K)})}, {"buckets": int(bucket_K[-1]) + 1})
 
 
