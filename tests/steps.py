@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,20 @@ from pipeline.state import Begin
 from pipeline.step import Outcome, Step
 from pipeline.storage import Root
 from pipeline.vectors import row_cosine, unit16
+
+
+class Told:
+    """The rows of a part at hand, one table for each unit (stage.Rows)."""
+
+    def __init__(self, *tables: pa.Table, given: dict[str, Any] | None = None) -> None:
+        self.tables, self.given, self.lengths = tables, given or {}, [t.num_rows for t in tables]
+        self.facts: list[dict[str, Any]] = [{} for _ in tables]
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        return pa.concat_tables(self.pieces(columns))
+
+    def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        return (t if columns is None else t.select(columns) for t in self.tables)
 
 
 def memory_run() -> Run:
