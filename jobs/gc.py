@@ -11,6 +11,7 @@ import typer
 from jobs.entry import DONE, main
 from pipeline.errors import UserError
 from pipeline.gc import kept_runs, referred, unreferred
+from pipeline.lease import holders
 from pipeline.machine import load_machine
 from pipeline.run import MANIFESTS
 from pipeline.storage import Root, redacted
@@ -30,6 +31,11 @@ def gc(
     runs = kept_runs(store, [Root(where, options) for where in keep or []], options)
     if delete and not runs:
         raise UserError("--delete needs at least one --keep DIR: nothing in this store would be kept")
+    writers = holders(store)
+    if delete and writers:
+        raise UserError(
+            f"--delete: a run may be using this store: {'; '.join(writers)}; delete its lease if it is dead"
+        )
     found = list(unreferred(store, referred(store, runs), time.time()))
     for file in found:
         print(file.path)

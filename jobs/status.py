@@ -25,7 +25,7 @@ def status(
     options = load_machine(machine).storage_options
     where = Root(directory, options)
     found = status_of(where, Root(store or f"{where.url}/store", options))
-    if not (found.finished or found.stages or found.times):
+    if not (found.finished or found.stages or found.holders):
         raise UserError(f"{redacted(directory)}: no run is here, and nothing in its store (is it elsewhere? --store)")
     table = Table("stage", "datasets", "parts", "state", box=None, pad_edge=False)
     for stage in found.stages:
@@ -38,7 +38,10 @@ def status(
     if found.times:
         seconds = sum(stage["seconds"] for stage in found.times["stages"])
         print(f"last finished run: {len(found.times['stages'])} stages computed in {seconds:,.1f} s")
-    print("finished" if found.finished else "not finished")
+    for holder in found.holders:
+        print(f"running: {holder}")
+    if not found.holders:
+        print("finished" if found.finished else "not finished, and nobody is at it")
     return DONE
 
 

@@ -46,7 +46,7 @@ def leased(store: Root, directory: Root, beat_s: float = BEAT_S, watch_s: float 
     Raises:
         UserError: another run that is alive holds it.
     """
-    path = f"{LEASES}/{digest(str(directory.local('') or directory.url))}.json"
+    path = _path(directory)
     mine = {"host": platform.node(), "pid": os.getpid(), "run": uuid.uuid4().hex}
     if not store.create(path, canonical({**mine, "beat": 0})):
         other = _read(store, path)
@@ -65,6 +65,29 @@ def leased(store: Root, directory: Root, beat_s: float = BEAT_S, watch_s: float 
         heart.join(1.0)
         with suppress(OSError):  # it would hide why the run ended; who comes next sees that nobody is there
             store.delete(path)
+
+
+def holders(store: Root, directory: Root | None = None) -> list[str]:
+    """Who writes with a store, as far as can be told without waiting for a sign of life.
+
+    Args:
+        store: its root.
+        directory: the run directory that is asked about; None: any.
+
+    Returns:
+        `process 7 on host (leases/....json)`, without those of this host whose process is gone.
+    """
+    paths = list(store.list(LEASES)) if directory is None else [_path(directory)]
+    leases = [(path, lease) for path in paths if (lease := _read(store, path))]
+    return [
+        f"process {lease['pid']} on {lease['host']} ({path})"
+        for path, lease in leases
+        if lease["host"] != platform.node() or _runs(lease["pid"])
+    ]
+
+
+def _path(directory: Root) -> str:
+    return f"{LEASES}/{digest(str(directory.local('') or directory.url))}.json"
 
 
 def _beat(store: Root, path: str, mine: dict[str, Any], beat_s: float, over: threading.Event) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.lease import holders
 from pipeline.run import FAILED, LOOSE, MANIFESTS, SEGMENTS
 from pipeline.storage import Root
 
@@ -47,11 +48,13 @@ class Status:
 
     Attributes:
         finished: whether the run directory is whole.
+        holders: processes that write it now (lease.holders).
         stages: in the order of their names.
         times: times.json of the last run that finished; None without one.
     """
 
     finished: bool
+    holders: tuple[str, ...]
     stages: tuple[StageStatus, ...]
     times: dict[str, Any] | None
 
@@ -75,7 +78,7 @@ def status(directory: Root, store: Root) -> Status:
         stages.append(StageStatus(stage, datasets[stage], len(committed), len(committed - done), failed.get(stage, ())))
     times = directory.read("times.json") if directory.bytes("times.json") is not None else None
     whole = directory.bytes("checksums.sha256") is not None
-    return Status(whole, tuple(stages), json.loads(times) if times else None)
+    return Status(whole, tuple(holders(store, directory)), tuple(stages), json.loads(times) if times else None)
 
 
 def _stage(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from jobs.cli import main
+from pipeline.parts import digest
 from pipeline.recipe import load_recipe
 from tests.pools import datacomp_pool, webdataset_pool
 from tests.runs import datacomp, webdataset
@@ -222,6 +224,24 @@ def test_gc_deletes_only_with_delete_and_only_what_no_run_uses(
     assert main(["verify", str(tmp_path / "b"), "--store", str(store)]) == 1
 
 
+def test_a_run_that_is_going_on_is_shown_and_its_store_is_left_alone(
+    finished: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, directory = finished
+    lease = f"leases/{digest(str(directory))}.json"
+    holder = {"host": platform.node(), "pid": os.getppid(), "run": "x", "beat": 3}
+    (directory / "store/leases").mkdir(exist_ok=True)
+    (directory / "store" / lease).write_text(json.dumps(holder))
+    assert main(["status", str(directory)]) == 0
+    who = f"process {os.getppid()} on {platform.node()} ({lease})"
+    assert capsys.readouterr().out.splitlines()[-1] == f"running: {who}"
+    assert f"a run may be using this store: {who}" in refused(capsys, 2, "gc", str(directory / "store"), "--delete")
+    (directory / "store" / lease).write_text(json.dumps({**holder, "pid": 2**22 + 1}))
+    assert main(["gc", str(directory / "store"), "--delete"]) == 0
+    assert main(["status", str(directory)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "finished"
+
+
 def test_retrying_needs_an_unfinished_run(
     finished: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +272,7 @@ def test_storage_that_fails_names_the_unit_and_a_retry_finishes(
     shown = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["read", "0", "2", "failed"] for line in shown)
     assert any(line.startswith("failed: read: 00001.tar.gz: FileNotFoundError: ") for line in shown)
-    assert shown[-1] == "not finished"
+    assert shown[-1] == "not finished, and nobody is at it"
     (tmp_path / "scratch").mkdir()
     assert main([*argv, "--retry-failed"]) == 0
     stages = json.loads((directory / "times.json").read_text())["stages"]

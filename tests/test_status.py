@@ -62,4 +62,4 @@ def test_new_parts_of_a_grown_pool_are_under_way(tmp_path: Path) -> None:
 
 def test_an_empty_folder_has_no_stage(tmp_path: Path) -> None:
     found = status(Root(str(tmp_path / "run")), Root(str(tmp_path / "run/store")))
-    assert (found.finished, found.stages, found.times) == (False, (), None)
+    assert (found.finished, found.holders, found.stages, found.times) == (False, (), (), None)
