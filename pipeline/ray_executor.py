@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import time
 from collections import deque
@@ -214,10 +215,13 @@ class RayExecutor:
         self._crews = {gpu: _Crew(gpu) for gpu in (False, True)}
         self._ours = not ray.is_initialized()
         address = address or os.environ.get("RAY_ADDRESS") or "local"
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         if self._ours and address == "local":
             _start(machine)
         elif self._ours:
             _connect(address)
+        if signal.getsignal(signal.SIGTERM) is not on_sigterm:  # Ray's own would end us with its own exit code
+            signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)
 
     def each(self, worker: Worker, tasks: Iterable[Any], gpu: bool = False) -> Iterator[tuple[int, Any | Failure]]:
         """See Executor.each.

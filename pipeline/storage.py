@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
@@ -61,6 +60,20 @@ COMPRESSED = (".gz", ".tgz")
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 
 
+CONTAINERS = ("az", "abfs", "abfss")
+USER = re.compile(r"[^/?#]*@|[^/?#@]*:(?!\d+(?:[/?#]|$))[^@]*@")
+"""User info of a URL after its scheme; a secret key of S3 may hold a slash."""
+
+URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s'"<>]+""")
+
+ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "Content-MD5", "blob_id")
+TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
+"""What file systems call the version of a file in its entry, the first that is there counts."""
+
+MAX_INFLATION, SMALL_BYTES = 100, 1 << 27
+"""A .tar.gz may grow to so many times its length, or to SMALL_BYTES: images hardly shrink; a bomb fills the disk."""
+
+
 def scheme_of(url: str) -> str:
     """The fsspec protocol of a URL; `file` for a plain path.
 
@@ -74,11 +87,25 @@ def scheme_of(url: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """The URL without user info and query, which may hold secrets; for messages, logs and run.json."""
-    if "://" not in url:
+    """The URL without user info and query, which may hold secrets; for all that is shown or written.
+
+    Azure writes the container where others have the user: it stays. On an object store `?` alone is a wildcard.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
         return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    found = USER.match(rest)
+    if found and (scheme not in CONTAINERS or ":" in found[0]):
+        rest = rest[found.end() :]
+    if scheme in ("http", "https"):
+        return f"{scheme}://{re.split('[?#]', rest)[0]}"
+    path, _, query = rest.partition("?")
+    return f"{scheme}://{path if '=' in query else rest}"
+
+
+def without_secrets(text: str) -> str:
+    """A message of a library, whose URLs are redacted."""
+    return URL.sub(lambda match: redacted(match[0]), text)
 
 
 def filesystem(url: str, options: dict[str, dict[str, Any]]) -> tuple[Any, str]:
@@ -124,16 +151,28 @@ def persistently(call: Callable[[], T], where: str) -> T:
         try:
             return call()
         except PermissionError as error:
-            raise PermissionError(f"{redacted(where)}: access refused (not throttling): {error}") from error
+            text = f"{redacted(where)}: access refused (not throttling): {without_secrets(str(error))}"
+            raise PermissionError(text) from error
         except Exception as error:
             if not is_passing(error):
                 if type(error).__module__.partition(".")[0] not in NETWORK:
+                    _name(error, where)
                     raise
-                raise OSError(f"{redacted(where)}: {type(error).__name__}: {error}") from error
+                raise OSError(_told(error, where)) from error
             if attempt == ATTEMPTS:
-                raise OSError(f"{redacted(where)}: {type(error).__name__}: {error}; {ATTEMPTS} tries") from error
+                raise OSError(f"{_told(error, where)}; {ATTEMPTS} tries") from error
             time.sleep(PAUSE_S * 2 ** (attempt - 1) * (0.5 + random.random()))
     raise AssertionError("unreachable")
+
+
+def _name(error: Exception, where: str) -> None:
+    """Have an error say what it is about: a full disk does not."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = redacted(where)
+
+
+def _told(error: Exception, where: str) -> str:
+    return f"{redacted(where)}: {type(error).__name__}: {without_secrets(str(error))}"
 
 
 _turns: dict[str, float] = {}
@@ -291,8 +330,7 @@ class Root:
             make_folder(target.parent)
             yield temporary
         except OSError as error:
-            if error.errno is not None and error.filename is None:
-                error.filename = str(target)  # a full disk does not say which file it was
+            _name(error, str(target))
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -300,6 +338,11 @@ class Root:
     def _call(self, path: str, call: Callable[[str], T]) -> T:
         """Do a call of the object store on a path of this root."""
         return persistently(lambda: call(f"{self._base}/{path}"), f"{self.url}/{path}")
+
+
+def versions_of(info: dict[str, Any]) -> list[str]:
+    """Whatever an entry says that changes with the file: etags first, then times."""
+    return [str(info[name]).strip('"') for name in (*ETAGS, *TIMES) if info.get(name) is not None]
 
 
 def etag_of(info: dict[str, Any]) -> str:
@@ -375,27 +418,30 @@ class UnitFiles:
 
     def read(self, role: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         source = self.unit.sources[role]
+        fs, path = filesystem(source.url, self._machine.storage_options)
         is_local = scheme_of(source.url) in ("file", "local")
         if role in self._open or is_local or source.url.endswith(COMPRESSED):
             with open(self.open(role).path, "rb") as file:
                 for start, stop in ranges:
                     file.seek(start)
                     yield file.read(stop - start)
-            return
-        fs, path = filesystem(source.url, self._machine.storage_options)
-        for start, stop in ranges:
-            yield persistently(partial(_get, fs, path, start, min(stop, source.bytes)), source.url)
+        else:
+            for start, stop in ranges:
+                yield persistently(partial(_get, fs, path, start, min(stop, source.bytes)), source.url)
+        # Asked after the last read: what was replaced before or in between would be cut at the places of another file.
+        _check_same(fs, path, source)
 
     def _fetch(self, source: Source) -> LocalFile:
         fs, path = filesystem(source.url, self._machine.storage_options)
         if scheme_of(source.url) in ("file", "local"):
             stored = Path(path)
         else:
-            stored = self._scratch() / Path(path).name
+            stored = self._scratch() / "stored"
             persistently(lambda: _download(fs, path, stored, source), source.url)
         found = stored.stat().st_size
         if found != source.bytes:
             raise OSError(f"{redacted(source.url)}: {found} bytes, but {source.bytes} when it was listed")
+        _check_same(fs, path, source)
         digest = sha256_file(stored) if self._hashing else ""
         if not source.url.endswith(COMPRESSED):
             return LocalFile(str(stored), found, digest)
@@ -405,6 +451,23 @@ class UnitFiles:
 
     def _scratch(self) -> Path:
         return Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(dir=self._machine.scratch)))
+
+
+def _check_same(fs: Any, path: str, source: Source) -> None:
+    """See that a file is the one that was listed.
+
+    Raises:
+        OSError: it was replaced since, or is gone.
+    """
+    if not source.etag:
+        return
+    if scheme_of(source.url) in ("file", "local"):
+        versions = [str(os.stat(path).st_mtime_ns)]
+    else:
+        fs.invalidate_cache()
+        versions = versions_of(persistently(lambda: fs.info(path), source.url))
+    if source.etag not in versions:
+        raise OSError(f"{redacted(source.url)}: changed since it was listed")
 
 
 def _download(fs: Any, path: str, stored: Path, source: Source) -> None:
@@ -442,11 +505,14 @@ def digest_of(file: BinaryIO, name: Literal["md5", "sha256"]) -> str:
 
 
 def _gunzip(stored: Path, plain: Path) -> str | None:
-    """Decompress as far as the bytes allow; what went wrong, or None."""
+    """Decompress as far as the bytes allow, and as a pool of images may grow; what went wrong, or None."""
+    most = max(SMALL_BYTES, MAX_INFLATION * stored.stat().st_size)
     with open(plain, "wb") as out:
         try:
             with gzip.open(stored, "rb") as file:
                 while block := file.read(BLOCK_BYTES):
+                    if out.tell() + len(block) > most:
+                        return f"grows to more than {most} bytes"
                     out.write(block)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             return str(error)
