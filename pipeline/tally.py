@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.decide import READ
+from pipeline.recipe import Recipe
 from pipeline.record import Record, Unreadable, batches, parts_of
 from pipeline.select.cut import Cut
 from pipeline.select.density import Density
@@ -27,11 +28,17 @@ from pipeline.vectors import from_ordered_bits, ordered_bits
 NEAR, PAIRS, CONCEPTS, TYPICAL = 8, 8, 6, 6
 """Rows shown: on each side of a threshold; duplicate pairs; clusters of each kind; members of each cluster."""
 
-DRAWN_ROWS = 1 << 22
+DRAWN_ROWS = 1 << 20
 """Most rows that the random control looks at; of a larger pool, every so-manieth row."""
 
 FINE_BITS = 20
 """Leading bits of a float32 score that tell apart the fine bins of a histogram: steps of 0.05 % of the value."""
+
+ASSIGNED = {"dedup": ("max_cosine", "duplicate_of"), "density": ("cluster", "distance")}
+"""Columns of select/NN-NAME/assign that are looked at, by rule."""
+
+DECIDED = ("uid", "step", "reason", "value", "threshold")
+"""Columns of decisions that are, beside the scores."""
 
 CANDIDATES = pa.schema(
     [
@@ -170,13 +177,16 @@ def tally(directory: Root, record: Record, listed: int, spoken: Sequence[range])
         Unreadable: a part is missing or damaged.
     """
     steps = [_begin(directory, at, name, rule) for at, (name, rule) in enumerate(record.recipe.select, 1)]
-    feeds = {s.name: _Feed(directory, f"select/{s.name}/assign") for s in steps if s.rule_name in ("dedup", "density")}
+    feeds = {
+        s.name: _Feed(directory, f"select/{s.name}/assign", ASSIGNED[s.rule_name])
+        for s in steps
+        if s.rule_name in ASSIGNED
+    }
     edges = np.array([[r.start, r.stop] for r in spoken], np.int64).reshape(-1)
     stride = max(1, -(-listed // DRAWN_ROWS))
     pieces: list[tuple[np.ndarray, list[str], dict[str, np.ndarray], dict[str, np.ndarray]]] = []
-    scores: list[str] = []
-    for batch in _decisions(directory, [s.name for s in steps]):
-        scores = scores or score_columns(batch.table.schema)
+    scores = score_columns(record.recipe)
+    for batch in _decisions(directory, [s.name for s in steps], scores):
         clusters = {}
         for step in steps:
             entered = batch.number >= step.number
@@ -197,10 +207,11 @@ def tally(directory: Root, record: Record, listed: int, spoken: Sequence[range])
     return Tally(steps, _drawn(stride, pieces, scores, [s.name for s in steps if s.concepts]))
 
 
-def score_columns(schema: pa.Schema) -> list[str]:
-    """The numeric columns of decisions after the fixed ones: scores of models, and columns that a step used."""
-    first = schema.get_field_index("duplicate_of") + 1
-    return [f.name for f in list(schema)[first:] if pa.types.is_floating(f.type)]
+def score_columns(recipe: Recipe) -> list[str]:
+    """The numeric columns of decisions after the fixed ones: scores of models, and pool columns that a step used."""
+    models = [f"score_{name}" for name, model in recipe.models.items() if "text" in model.sides]
+    used = {name: kind for _, rule in recipe.select for name, kind in rule.uses_columns().items()}
+    return models + [name for name, kind in used.items() if kind == pa.float64()]
 
 
 def _begin(directory: Root, number: int, rule_name: str, rule: Any) -> StepTally:
@@ -221,11 +232,11 @@ def _begin(directory: Root, number: int, rule_name: str, rule: Any) -> StepTally
     return step
 
 
-def _decisions(directory: Root, steps: Sequence[str]) -> Iterator[Batch]:
+def _decisions(directory: Root, steps: Sequence[str], scores: Sequence[str]) -> Iterator[Batch]:
     names = pa.array([READ, *steps])
     first = 0
     for path in parts_of(directory, "decisions"):
-        for table in batches(directory, path):
+        for table in batches(directory, path, [*DECIDED, *scores]):
             number = pc.fill_null(pc.index_in(table.column("step"), names), len(names))
             yield Batch(np.arange(first, first + len(table)), number.to_numpy().astype(np.int64), table)
             first += len(table)
@@ -234,9 +245,9 @@ def _decisions(directory: Root, steps: Sequence[str]) -> Iterator[Batch]:
 class _Feed:
     """The rows of an assignment, as many at a time as asked for: they follow the decisions of the rows that entered."""
 
-    def __init__(self, directory: Root, folder: str) -> None:
+    def __init__(self, directory: Root, folder: str, columns: Sequence[str]) -> None:
         self._folder = folder
-        self._batches = (b for path in parts_of(directory, folder) for b in batches(directory, path))
+        self._batches = (b for path in parts_of(directory, folder) for b in batches(directory, path, columns))
         self._left: pa.Table | None = None
 
     def take(self, rows: int) -> pa.Table | None:
