@@ -19,6 +19,7 @@ from typing import Any
 import typer
 
 from pipeline.errors import PairsieveError, UserError
+from pipeline.storage import without_secrets
 
 DONE, FAILED, WRONG, TOO_DAMAGED, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
@@ -90,5 +91,5 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"pairsieve: {message}", file=sys.stderr)
+    print(f"pairsieve: {without_secrets(message)}", file=sys.stderr)
     return code

@@ -103,4 +103,5 @@ def first_fault(error: ValidationError, where: str) -> str:
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{path}: unknown key"
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"{path}: {message}" + ("" if isinstance(fault["input"], (dict, list)) else f", got {fault['input']!r}")
+    is_shown = not isinstance(fault["input"], (dict, list)) and "storage_options" not in keys  # it may hold a secret
+    return f"{path}: {message}" + (f", got {fault['input']!r}" if is_shown else "")

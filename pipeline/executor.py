@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from pipeline.errors import SchemaError, UserError
+from pipeline.storage import without_secrets
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def attempt(do: Callable[[Any], Any], task: Any) -> Any | Failure:
     except UserError as error:
         return Failure(str(error), user=True)
     except (SchemaError, MemoryError) as error:
-        return Failure(f"{type(error).__name__}: {error}")
+        return Failure(f"{type(error).__name__}: {without_secrets(str(error))}")
     except Exception as error:  # noqa: BLE001
-        text = " ".join(str(error).split())
+        text = without_secrets(" ".join(str(error).split()))
         return Failure(f"{type(error).__name__}: {text[:1000]}")
 
 

@@ -37,7 +37,7 @@ class Machine(BaseModel):
     """Scaled JPEG decode: faster, and not bit-equal to open_clip's own transform. Belongs to the embeddings' key."""
     unit_deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """A unit that takes longer is killed and tried once more elsewhere, then named."""
-    storage_options: dict[str, dict[str, Any]] = {}
+    storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
     """fsspec options by protocol, for example {s3: {endpoint_url: ...}}. Secrets belong into the environment."""
     scratch: str | None = None
     """Folder for downloads and spills; null: the system's temporary folder."""

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.errors import UserError
 from pipeline.formats import clip_retrieval, datacomp, parquet, webdataset
 from pipeline.stage import Source, Unit
-from pipeline.storage import filesystem, persistently, redacted, scheme_of
+from pipeline.storage import filesystem, persistently, redacted, scheme_of, versions_of
 
 FORMATS = {"webdataset": webdataset, "datacomp": datacomp, "parquet": parquet, "clip_retrieval": clip_retrieval}
 SHARD_FILE = re.compile(r"(?P<stem>.+?)(?P<suffix>\.tar\.gz|\.tgz|\.tar|\.parquet|\.npz|\.npy)$")
@@ -30,8 +30,6 @@ BESIDE = {"webdataset": (".parquet",), "datacomp": (".npz", ".tar", ".tar.gz", "
 
 MAX_EXPANSION = 5_000_000
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-ETAGS = ("ETag", "etag", "md5Hash", "generation", "content_md5", "Content-MD5", "blob_id")
-TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created")
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -86,7 +84,7 @@ def _found(item: str, beside: tuple[str, ...], options: dict[str, dict[str, Any]
                 found = dict(place.below(place.path))
             else:
                 found = dict(place.match(patterns))
-                if not found and not place.fs.exists(place.path):
+                if not found and not place.exists():
                     raise UserError(f"pool.path: {redacted(item)} does not exist")
         else:
             found = dict(place.match(patterns))
@@ -126,7 +124,12 @@ class _Place:
 
     def is_folder(self) -> bool:
         # Asked about a file, fsspec's http would fetch all of it to look for links.
-        return self.path.endswith("/") if self._is_http else bool(self.fs.isdir(self.path))
+        if self._is_http:
+            return self.path.endswith("/")
+        return bool(persistently(lambda: self.fs.isdir(self.path), self._url(self.path)))
+
+    def exists(self) -> bool:
+        return bool(persistently(lambda: self.fs.exists(self.path), self._url(self.path)))
 
     def plain(self, path: str) -> str:
         """A path as it may stand in a shard's name: without protocol, query and leading slash."""
@@ -219,8 +222,7 @@ class _Place:
             info = persistently(lambda: self.fs.info(path), self._url(path))
             if info.get("size") is None:
                 raise UserError(f"pool.path: {redacted(path)}: the server does not tell its length")
-        etag = next((str(info[name]) for name in (*ETAGS, *TIMES) if info.get(name) is not None), "")
-        return Source(self._url(path), int(info["size"]), etag.strip('"'))
+        return Source(self._url(path), int(info["size"]), next(iter(versions_of(info)), ""))
 
     def _url(self, path: str) -> str:
         """The path as a URL with the item's own protocol, and the account that some write into the bucket's place."""

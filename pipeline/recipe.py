@@ -25,6 +25,7 @@ from pipeline.select.filter import Filter
 from pipeline.select.list import List
 from pipeline.select.random import Random
 from pipeline.step import RULE
+from pipeline.storage import redacted
 
 RULES = {
     "list": List,
@@ -253,7 +254,19 @@ def _rules(value: Any) -> list[tuple[str, Rule]]:
 
 
 def resolved(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out; `load_recipe` of it gives the same recipe."""
+    """The recipe as YAML with every default written out; `load_recipe` of it gives the same recipe.
+
+    It is published with the data: user info and queries of URLs are left out.
+    """
     plain = TypeAdapter(Recipe).dump_python(recipe, exclude_none=True)
-    plain["select"] = [{name: plain_rule} for name, plain_rule in plain["select"]]
+    path = recipe.pool.path
+    plain["pool"]["path"] = redacted(path) if isinstance(path, str) else [redacted(item) for item in path]
+    rules = zip(plain["select"], recipe.select, strict=True)
+    plain["select"] = [{name: keys | _places(rule)} for (name, keys), (_, rule) in rules]
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def _places(rule: Rule) -> dict[str, str]:
+    """The fields of a rule that say where something lies, as they are shown."""
+    names = [field.name for field in dataclasses.fields(rule) if field.metadata.get("place")]
+    return {name: redacted(getattr(rule, name)) for name in names if getattr(rule, name) is not None}
