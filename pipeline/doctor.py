@@ -20,7 +20,12 @@ SAFE = {"ray": "2.56", "pyarrow": "24", "pillow": "12.3", "torch": "2.6"}
 of Arrow, CVE-2026-55798 of Pillow, and torch.load before 2.6)."""
 
 NEEDED = ("numpy", "open_clip_torch", "fsspec", "polars", "pydantic", "safetensors", "webdataset")
-EXTRAS = {"s3fs": "S3 needs pip install 'pairsieve[s3]'", "gcsfs": "GCS needs pip install 'pairsieve[gcs]'"}
+EXTRAS = {
+    "s3fs": "S3 needs pip install 'pairsieve[s3]'",
+    "gcsfs": "GCS needs pip install 'pairsieve[gcs]'",
+    "cld3-py": "a language detector needs pip install 'pairsieve[language]'",
+    "emoji": "`pairsieve sample` needs pip install 'pairsieve[sample]'",
+}
 FAISS = ("faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu", "faiss-cpu")
 
 Level = Literal["ok", "warning", "fault"]
