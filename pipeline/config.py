@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +20,25 @@ T = TypeVar("T")
 
 
 class _NoAlias(yaml.SafeLoader):
-    """A safe loader without anchors: their expansion grows without bound (reliability.md S9)."""
+    """A safe loader without anchors: their expansion grows without bound (reliability.md S9).
+
+    Only true and false are booleans, as in YAML 1.2: `on` is a key of the list rule, `no` the code of a language.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("anchors and aliases (& and *) are not allowed")
         return super().compose_node(parent, index)
+
+
+_NoAlias.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def parse_yaml(text: str, where: str) -> Any:
