@@ -105,6 +105,11 @@ def shade(share: float) -> int:
     return min(int(share * SHADES), SHADES - 1)
 
 
+def largest_radius(clusters: int) -> float:
+    """Radius of the cluster with the most members in a scatter of so many: smaller where they would hide each other."""
+    return min(13.0, max(13 * math.sqrt(60 / max(clusters, 1)), 3.5))
+
+
 def scatter(points: Sequence[dict[str, Any]]) -> Markup:
     """Clusters by d_intra and d_inter; area by members, colour by the share that is kept.
 
@@ -118,10 +123,10 @@ def scatter(points: Sequence[dict[str, Any]]) -> Markup:
         margin = 0.07 * (high - low) or 0.05 * max(abs(high), 1e-6)
         spans.append((low - margin, high + margin))
     axes = _Axes(spans[0], spans[1])
-    largest = max(p["size"] for p in points)
+    largest, most_px = max(p["size"] for p in points), largest_radius(len(points))
     pieces = axes.drawn("d_intra", "d_inter")
     for p in points:
-        radius = max(13 * math.sqrt(p["size"] / largest), 1.5)
+        radius = max(most_px * math.sqrt(p["size"] / largest), 1.2)
         x, y = axes.x(p["d_intra"]), axes.y(p["d_inter"])
         title = f"cluster {p['cluster']}: {p['size']:,} members, {p['share']:.0%} kept"
         circle = f'class="s{shade(p["share"])}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"'

@@ -25,7 +25,6 @@ from pipeline.control import controls
 from pipeline.errors import PairsieveError, UserError
 from pipeline.machine import Machine
 from pipeline.pictures import (
-    Identity,
     Seen,
     captions_of,
     characteristic,
@@ -35,7 +34,7 @@ from pipeline.pictures import (
     spoken_units,
 )
 from pipeline.planted import caught, has_planted, told
-from pipeline.record import Record, batches, load_record, parts_of, receipts_of
+from pipeline.record import Record, batches, load_record, parts_of, receipts_of, rows_of
 from pipeline.run import Receipt
 from pipeline.storage import Root, redacted
 from pipeline.tally import NEAR, Concepts, StepTally, Tally, parameters, tally
@@ -97,11 +96,13 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
     funnel, recipe = record.funnel, record.recipe
     listed, kept = funnel[0][1], funnel[-1][2]
     names = [step for step, _, _ in funnel[1:]]
-    receipts = _receipts(store, record, listed)
+    receipts, missing = _receipts(store, record, listed)
     units = spoken_units(receipts)
     counted = tally(directory, record, listed, ranges_of(receipts, units))
     control = controls(counted.drawn, names, recipe.seed)
     seen, originals, note = _looked(directory, store, receipts, record, machine, counted)
+    if missing:
+        note = f"The store of this run could not be read ({missing}), so there are no captions and no pictures here."
     spoken = captions_of(store, receipts, units) if any(s.concepts for s in counted.steps) else []
     at = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges_of(receipts, units))])
     shown = _Shown(seen, originals)
@@ -132,15 +133,20 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
     }, seen
 
 
-def _receipts(store: Root, record: Record, listed: int) -> list[Receipt]:
-    """Of the dataset `read`; none where the store does not have all of it."""
+def _receipts(store: Root, record: Record, listed: int) -> tuple[list[Receipt], str]:
+    """Of the dataset `read`; none, and why, where the store cannot give it."""
     try:
         receipts = receipts_of(store, record.manifest("read"))
-        missing = any(store.bytes(r["files"][o]["path"]) is None for r in receipts[:1] for o in ("samples", "columns"))
-    except (OSError, PairsieveError, IndexError):
-        return []
+        for receipt in receipts[:1]:
+            rows_of(store, receipt, "samples", ["uid"])
+    except IndexError:
+        return [], "run.json names no samples in it"
+    except PairsieveError as error:
+        return [], str(error)
+    except OSError as error:
+        return [], type(error).__name__
     rows = sum(r["files"]["samples"]["rows"] for r in receipts)
-    return receipts if rows == listed and not missing else []
+    return (receipts, "") if rows == listed else ([], f"{rows} rows in it, {listed} listed")
 
 
 def _looked(
@@ -157,8 +163,7 @@ def _looked(
         if step.rule_name == "dedup":
             originals.update(u for table in mine for u in table.column("of").to_pylist() if u)
     found, rows_of_uid = identify(directory, rows, originals)
-    wanted: dict[int, Identity] = found
-    seen, note = look(wanted, store, receipts, record.recipe.pool, machine)
+    seen, note = look(found, store, receipts, record.recipe.pool, machine)
     return seen, rows_of_uid, note
 
 
@@ -335,14 +340,27 @@ def _figure(value: float | None) -> str:
     return text.replace("-", MINUS)
 
 
+def _exact(value: float) -> str:
+    """As many digits as tell neighbours of a threshold apart."""
+    return (f"{value:,.0f}" if value == int(value) else f"{value:.6g}").replace("-", MINUS)
+
+
 def _signed(value: float) -> str:
+    value = round(value, 4) or 0.0
     return ("+" if value > 0 else "") + _figure(value)
 
 
 def page(found: dict[str, Any], pictures: dict[int, str]) -> str:
     """The report as a page; `pictures` are data: URIs by row."""
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= {"shown": shown, "count": _count, "percent": _percent, "figure": _figure, "signed": _signed}
+    env.filters |= {
+        "shown": shown,
+        "count": _count,
+        "percent": _percent,
+        "figure": _figure,
+        "exact": _exact,
+        "signed": _signed,
+    }
     env.globals |= {"charts": charts}
     template = env.from_string(resources.files("pipeline").joinpath("report.html").read_text("utf-8"))
     return template.render(r=found, pictures=pictures)

@@ -61,6 +61,11 @@ def test_a_scatter_gives_four_times_the_members_twice_the_radius_and_more_kept_a
     assert left < right and top < bottom
 
 
+def test_many_clusters_are_drawn_smaller_but_never_too_small_to_see() -> None:
+    found = [charts.largest_radius(n) for n in (1, 60, 240, 100_000)]
+    assert found == [13, 13, 6.5, 3.5]
+
+
 def test_one_cluster_alone_and_one_value_alone_are_drawn() -> None:
     svg = charts.scatter([{"cluster": 0, "d_intra": 0.1, "d_inter": 0.0, "size": 1, "share": 0.5}])
     assert "<circle" in svg and "nan" not in svg

@@ -271,7 +271,10 @@ def test_a_store_that_is_gone_leaves_a_report_without_captions_that_says_so(run:
     before = numbers(run)
     html, found = again(run, str(tmp_path / "empty"))
     assert "data:image" not in html
-    assert found["note"] == "The store of this run could not be read, so there are no captions and no pictures here."
+    assert re.fullmatch(
+        r"The store of this run could not be read \(manifests/read/\w+\.parquet: not in the store\), so .*",
+        found["note"],
+    )
     assert found["funnel"] == before["funnel"]
     assert step_of(run, "03-cut")["near_kept"][0]["caption"] is None
 
