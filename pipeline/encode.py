@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import numpy as np
@@ -407,7 +407,7 @@ def _load(weights: Weights) -> Any:
             require_pretrained=True,
             weights_only=True,
         )
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise UserError(f"weights: {weights.path!r}: holds more than weights; it was not loaded") from None
     except ImportError as error:
         raise UserError(f"arch: {weights.arch} needs a package that is not installed: {error.name}") from None
