@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +16,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.explain import Explained, StepVerdict, explain, rows_of_uid
 from pipeline.storage import Root
-from tests.pools import planted
-from tests.runs import datacomp_run, run_recipe, webdataset, webdataset_run
+from tests.pools import datacomp_pool, planted
+from tests.runs import datacomp, datacomp_run, run_recipe, webdataset, webdataset_run
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,21 @@ def test_all_rows_of_a_uid_are_explained(tmp_path: Path) -> None:
     run_recipe(webdataset(tmp_path / "pool"), str(run))
     row = next(row for row in rows_of(run) if not row["problem"])
     assert [found.shard for found in explained(run, row["uid"])] == ["00000.tar", "00003.tar"]
+
+
+def test_the_evidence_of_rows_with_one_uid_is_kept_apart(tmp_path: Path) -> None:
+    pool = datacomp_pool(tmp_path / "pool", 1, 40, 1)
+    (metadata,) = pool.glob("*.parquet")
+    shutil.copy(metadata, pool / "copy.parquet")
+    arrays = np.load(metadata.with_suffix(".npz"))
+    np.savez(pool / "copy.npz", **{name: arrays[name][::-1] for name in arrays})
+    run_recipe(datacomp(pool), str(tmp_path / "run"))
+    distance = {(r["uid"], r["shard"]): r["distance"] for r in rows_of(tmp_path / "run", "select/02-dedup/assign")}
+    uids = [uid for uid, shard in distance if shard == "copy.parquet" and (uid, metadata.name) in distance]
+    assert len(uids) > 5
+    for uid in uids:
+        for found in explained(tmp_path / "run", uid):
+            assert found.verdicts[2].facts["distance"] == distance[uid, found.shard]
 
 
 def test_a_uid_that_is_malformed_or_unknown_is_a_mistake(run: Path) -> None:
