@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pipeline.config import nearest
 from pipeline.decide import Decide, ShowAssignment, ShowProblems
-from pipeline.errors import UserError
+from pipeline.errors import SchemaError, UserError
 from pipeline.parts import Dataset, digest, given
 from pipeline.pool import list_units
 from pipeline.read import Read
@@ -33,7 +33,7 @@ from pipeline.select.list import List
 from pipeline.stage import Stage, Unit
 from pipeline.state import Begin
 from pipeline.step import Outcome, Step
-from pipeline.storage import UnitFiles, redacted
+from pipeline.storage import UnitFiles
 from pipeline.write import Span, WriteParquet, WriteTar, spans, write_subset
 
 Exported = dict[str, dict[str, Any]]
@@ -113,7 +113,7 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     read = run.read(Read(recipe.pool.format), units, after=stages)
     pool = Pooled(units, read["samples"], read["columns"], read["problems"], group_units)
     if not pool.listed:
-        raise UserError(f"recipe.pool: no sample in {len(units)} shards of {redacted(str(recipe.pool.path))}")
+        raise UserError(f"recipe.pool: no sample in {len(units)} shards; {first_problem(run, pool)}")
     check_columns(recipe, pool)
 
     vectors = evidence(run, recipe, pool, stages)
@@ -144,6 +144,14 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     written |= record(run, recipe, pool, state, seen, steps, outcomes)
     written |= write(run, recipe, pool, state, vectors, outcomes)
     return finish(run, recipe, pool, begun, steps, outcomes, written)
+
+
+def first_problem(run: Run, pool: Pooled) -> str:
+    """Why a pool has no sample, told by its first shard that says so."""
+    for unit, part in zip(pool.units, pool.problems.parts, strict=True):
+        for line in run.rows(part).table().to_pylist():
+            return f"{unit.shard}: {line['reason']}: {line['detail']}"
+    return "none of their rows was ever downloaded"
 
 
 def pinned(run: Run, recipe: Recipe, units: Sequence[Unit]) -> Recipe:
@@ -404,7 +412,7 @@ def finish(
     written: Exported,
 ) -> Curated:
     """The run's record: recipe.yaml, run.json, times.json, the report, and last of all the checksums."""
-    alive = [sum(f["alive"] for f in d.facts()) for d in (begun, *(o.state for o in outcomes))]
+    alive = alive_after(pool.listed, [begun, *(o.state for o in outcomes)])
     names = ["00-read", *(s.name for s in steps)]
     funnel = tuple(zip(names, [pool.listed, *alive[:-1]], alive, strict=True))
     damaged = sum(f["shard_problems"] > 0 for f in pool.problems.facts())
@@ -432,6 +440,24 @@ def finish(
     written |= write_report(run.directory, run.store, run.machine)
     run.directory.write("checksums.sha256", checksums({path: f["sha256"] for path, f in written.items()}))
     return curated
+
+
+def alive_after(listed: int, states: Sequence[Dataset]) -> list[int]:
+    """Rows that each state leaves alive; the chain neither loses nor gains a row.
+
+    Raises:
+        SchemaError: rows in are not rows out and dropped.
+    """
+    alive: list[int] = []
+    for state in states:
+        facts = list(state.facts())
+        entered, left = sum(f["entered"] for f in facts), sum(f["alive"] for f in facts)
+        dropped = sum(sum(f["dropped"].values()) for f in facts)
+        if state.num_rows != listed or entered != left + dropped or entered != (alive[-1] if alive else entered):
+            found = f"{state.num_rows} of {listed} rows; {entered} entered, {left} left, {dropped} dropped"
+            raise SchemaError(f"{state.stage}: {found}")
+        alive.append(left)
+    return alive
 
 
 def drops(state: Dataset) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Precomputed:
                 try:
                     vec_ND, found_N = unit16(_vectors(self.format, files, name, samples, self.dims))
                     fault = f"{name}: not finite, or zero"
-                except MetadataError as error:
+                except (MetadataError, UserError) as error:  # find_dims saw the array in another unit
                     fault = f"{name}: {error}"
                 for row in np.flatnonzero(usable_N & ~found_N):
                     detail_N[row] = detail_N[row] or fault

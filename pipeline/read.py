@@ -47,7 +47,7 @@ def check(reading: Reading) -> None:
 
     Raises:
         SchemaError: a schema differs, `samples` and `columns` are not aligned, a sample has no uid or key, or a
-            problem is none of SAMPLE_PROBLEMS.
+            problem is none of SAMPLE_PROBLEMS or has no line among `problems`.
     """
     for name, table, schema in (("samples", reading.samples, SAMPLES), ("problems", reading.problems, PROBLEMS)):
         if table.schema != schema:
@@ -59,6 +59,11 @@ def check(reading: Reading) -> None:
             raise SchemaError(f"read: a sample without {name}")
     for reason in set(reading.samples["problem"].drop_null().to_pylist()).difference(SAMPLE_PROBLEMS):
         raise SchemaError(f"read: unknown problem {reason!r}")
+    damaged = reading.samples.filter(reading.samples["problem"].is_valid())
+    found = Counter(zip(damaged["key"].to_pylist(), damaged["problem"].to_pylist(), strict=True))
+    told = Counter(zip(reading.problems["key"].to_pylist(), reading.problems["reason"].to_pylist(), strict=True))
+    for key, reason in found - told:
+        raise SchemaError(f"read: {key} has the problem {reason}, and no line that tells it")
 
 
 def facts(reading: Reading) -> dict[str, object]:

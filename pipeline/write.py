@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.arrow import hex_column, unfixed
 from pipeline.decide import parquet_file
+from pipeline.errors import SchemaError
 from pipeline.formats.metadata import MetadataError, parse_json, unify
 from pipeline.formats.tar import END, member_header, padding
 from pipeline.machine import Machine
@@ -93,10 +94,15 @@ def kept_rows(lengths: Sequence[int], state: Rows, place: dict[str, Any]) -> Ite
         lengths: rows of each of the task's units.
         state: of the groups that hold them.
         place: `state_first`, the position of the first unit's first row in these groups; `skip` and `take` (Span).
+
+    Raises:
+        SchemaError: fewer rows are kept than the task was told to take.
     """
     first, last = place["state_first"], place["state_first"] + sum(lengths)
     alive_N = alive(state.table(["dropped_by"]))[first:last]
     mine = np.flatnonzero(alive_N)[place["skip"] : place["skip"] + place["take"]]
+    if len(mine) != place["take"]:
+        raise SchemaError(f"write: {len(mine)} kept rows where {place['take']} are due")
     ends = np.cumsum([0, *lengths])
     for at, begin in enumerate(ends[:-1]):
         rows = mine[(mine >= begin) & (mine < ends[at + 1])]

@@ -100,7 +100,13 @@ def test_a_unit_without_rows_makes_an_empty_table(tmp_path):
 
 def test_an_array_of_another_name_is_the_user_s_mistake(tmp_path):
     with pytest.raises(UserError, match=r"no array 'l14' in the pool's \.npz files; they have: img"):
-        embed(unit(tmp_path, ["a"], img=np.ones((1, 2))), image="l14")
+        find_dims("datacomp", "l14", None, [unit(tmp_path, ["a"], img=np.eye(1))])
+
+
+def test_a_unit_without_the_array_that_others_have_is_damaged(tmp_path):
+    table = embed(unit(tmp_path, ["a"], txt=np.ones((1, 2)))).tables["vectors"]
+    assert table["problem"].to_pylist() == ["bad_vector"]
+    assert "no array 'img'" in table["detail"][0].as_py()
 
 
 def test_dims_come_from_the_first_unit_with_usable_arrays(tmp_path):

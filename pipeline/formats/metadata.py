@@ -32,6 +32,9 @@ CORE = pa.schema(
 )
 """What every layout's metadata is asked for; see `core`."""
 
+MAX_COLUMN_BYTES = 1 << 30
+"""Text of one column of one file: a long value that every row refers to takes no room in parquet, and all in memory."""
+
 NO_COLUMN = "caption"
 """The column of nulls that stands for rows without any: neither parquet nor Arrow's `take` counts rows of no column."""
 
@@ -47,7 +50,8 @@ def open_parquet(path: str) -> pq.ParquetFile:
     """Open an untrusted parquet file whose columns are plain Arrow types.
 
     The footer is searched for extension types before Arrow parses it: a registered extension type (Ray's tensors)
-    may unpickle what the file says as soon as the schema is read (reliability.md S6).
+    may unpickle what the file says as soon as the schema is read (reliability.md S6). Texts are read as dictionaries,
+    so that `plain` can see how long they are before they take that room.
 
     Args:
         path: local file.
@@ -60,9 +64,20 @@ def open_parquet(path: str) -> pq.ParquetFile:
     if any(pattern in footer for pattern in _EXTENSION_PATTERNS):
         raise MetadataError("extension types are refused")
     try:
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, arrow_extensions_enabled=False)
+        with _parquet_file(path) as file:
+            texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
+        return _parquet_file(path, texts)
     except (pa.ArrowException, OSError) as error:
         raise damage(error) from None
+
+
+def _parquet_file(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    options = {"buffer_size": 1 << 20, "pre_buffer": False, "arrow_extensions_enabled": False}
+    return pq.ParquetFile(path, read_dictionary=list(texts), **options)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _base64_anywhere(text: bytes) -> tuple[bytes, ...]:
@@ -132,6 +147,8 @@ def plain(columns: pa.Table) -> pa.Table:
 
 def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
+        if sum(map(_spread_bytes, column.chunks)) > MAX_COLUMN_BYTES:
+            raise pa.ArrowInvalid(f"a column of more than {MAX_COLUMN_BYTES} bytes")
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.string())
@@ -142,6 +159,13 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
             raise
         return pa.chunked_array([_decoded(column.cast(pa.binary()))])
     return column
+
+
+def _spread_bytes(chunk: pa.DictionaryArray) -> int:
+    """What the values of a dictionary take when each row has its own; numbers count as nothing."""
+    if not (_is_text(chunk.dictionary.type) or pa.types.is_binary(chunk.dictionary.type)):
+        return 0
+    return int(pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices).cast(pa.int64())).as_py() or 0)
 
 
 def _decoded(column: pa.ChunkedArray) -> pa.Array:
