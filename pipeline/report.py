@@ -7,6 +7,7 @@ styles and the pictures inside it. report.json holds every number that the page 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import unicodedata
@@ -37,7 +38,7 @@ from pipeline.planted import caught, has_planted, told
 from pipeline.record import Record, batches, load_record, parts_of, receipts_of, rows_of
 from pipeline.run import Receipt
 from pipeline.storage import Root, redacted
-from pipeline.tally import NEAR, Concepts, StepTally, Tally, parameters, tally
+from pipeline.tally import NEAR, Concepts, StepTally, Tally, tally
 
 MINUS = "\N{MINUS SIGN}"
 BINS = 48
@@ -228,7 +229,7 @@ def _step(
     found: dict[str, Any] = {
         "step": step.name,
         "rule": step.rule_name,
-        "parameters": {k: redacted(v) if isinstance(v, str) else v for k, v in parameters(step.rule).items()},
+        "parameters": _parameters(dataclasses.asdict(step.rule)),
         "entered": entered,
         "left": left,
         "reasons": drops["reasons"],
@@ -249,6 +250,17 @@ def _step(
         last, first = _at_thresholds(step.concepts)
         found |= {"near_kept": shown.rows(last), "near_dropped": shown.rows(first)}
         found |= _concepts(step.concepts, shown, words)
+    return found
+
+
+def _parameters(plain: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A rule's keys that are set, those inside others with dots; URLs without what may be secret."""
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            found |= _parameters(value, f"{above}{name}.")
+        elif value is not None:
+            found[above + name] = redacted(value) if isinstance(value, str) else value
     return found
 
 

@@ -6,7 +6,6 @@ by its ordinal in the pool.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -410,8 +409,3 @@ def _drawn(
         {name: joined(p[2][name] for p in pieces).astype(np.float64) for name in scores},
         {name: joined(p[3][name] for p in pieces).astype(np.int64) for name in clustered},
     )
-
-
-def parameters(rule: Any) -> dict[str, Any]:
-    """A rule's keys as the recipe has them, without those that are not set."""
-    return {name: value for name, value in dataclasses.asdict(rule).items() if value not in (None, {}, [])}
