@@ -84,7 +84,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the hostile pool, with its report."""
     folder = tmp_path_factory.mktemp("report")
     recipe = datacomp(hostile_pool(folder / "pool"))
-    recipe["select"][0] = {"filter": {"min_words": 3, "columns": {"clip_l14_similarity_score": {"min": 0.3}}}}
+    recipe["select"][0] = {"filter": {"min_words": 3, "columns": {"clip_l14_similarity_score": {"min": 0.1}}}}
     recipe["select"].insert(4, {"cut": {"score": "column:clip_l14_similarity_score", "keep": 0.8}})
     run_recipe(recipe, str(folder / "run"))
     return folder / "run"
@@ -164,7 +164,7 @@ def test_the_numbers_are_those_of_the_run(written: Path) -> None:
     assert [[f["step"], f["entered"], f["left"]] for f in found["funnel"]] == about["funnel"]
     table = decisions(written)
     assert found["listed"] == table.num_rows and found["kept"] == sum(table.column("kept").to_pylist())
-    assert found["steps"][0]["parameters"] == {"min_words": 3, "columns.clip_l14_similarity_score.min": 0.3}
+    assert found["steps"][0]["parameters"] == {"min_words": 3, "columns.clip_l14_similarity_score.min": 0.1}
     for step in found["steps"]:
         assert sum(step["reasons"].values()) == step["entered"] - step["left"]
         assert step["clustering"] == about["health"][step["step"]]
