@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SEGMENT_PARTS = 4096
-SEALED = re.compile(r"[0-9a-f]{32}\.parquet")
-"""The name of a manifest or a segment; other files in their folders are not ours."""
 
 MANIFESTS, SEGMENTS, LOOSE, PARTS = "manifests", "segments", "receipts", "parts"
 """Folders of a store, each with a folder for each stage."""
@@ -528,8 +525,7 @@ class Run:
             for path in self.store.list(folder):
                 if len(found) == len(wanted):
                     return found
-                if SEALED.fullmatch(path.rpartition("/")[2]):
-                    found.update((k, r) for k, r in self._unpacked(path).items() if k in wanted)
+                found.update((k, r) for k, r in self._unpacked(path).items() if k in wanted)
         for path in self.store.list(f"{LOOSE}/{stage.name}"):
             key = path.rpartition("/")[2].removesuffix(".json")
             if key in wanted and key not in found and (receipt := read_record(self.store, path)):

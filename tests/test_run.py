@@ -27,7 +27,7 @@ from pipeline.parts import (
     to_parquet,
     to_shuffle,
 )
-from pipeline.run import Run, commit, stage_key
+from pipeline.run import Run, commit, sealed, stage_key, unsealed
 from pipeline.stage import Made, Source, Unit
 from pipeline.storage import Root
 from tests.toy_stages import Guess, Liar, Lines, Print, Scatter, Sum, Times
@@ -428,6 +428,12 @@ def test_rows_that_are_read_group_by_group_are_the_same_rows(tmp_path: Path) -> 
     overlapping = numbers.joined([range(0, 2), range(1, 4)])
     assert products(run, overlapping) == [[1, 2, 3, 11, 12, 13], [11, 12, 13, 21, 22, 23, 31, 32, 33]]
     assert products(run, numbers.grouped(5).spread(2)) == [products(run, numbers.grouped(5))[0]] * 2
+
+
+def test_a_record_whose_value_was_changed_is_damaged() -> None:
+    assert unsealed(sealed({"rows": 3})) == {"rows": 3}
+    with pytest.raises(ValueError, match="a damaged record"):
+        unsealed(sealed({"rows": 3}).replace(b"3", b"4", 1))
 
 
 def test_plain_values_have_one_form_and_others_are_refused() -> None:
