@@ -10,6 +10,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -144,6 +145,7 @@ def damaged_images() -> list[Sample]:
     return [Sample(key, image, UNREADABLE) for key, image in images.items()]
 
 
+@cache
 def bombs() -> list[Sample]:
     """Small images that are costly for whoever decodes before looking."""
     packed = zlib.compress(bytes(64 << 20), 9)
