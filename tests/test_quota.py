@@ -75,6 +75,7 @@ def test_quotas_may_come_as_a_table_and_a_cut_tells_how_much_it_takes(gather_row
     quota = steps.stored(run, [pa.table({"quota": [2, 9]})])
     cut = exact_cut(run, rows, quota, 32, gather_rows)
     assert next(cut.facts()) == {"undecided": 0, "quota": 5}
+    assert ("quota_count" in {entry["stage"] for entry in run.times}) == (gather_rows == 1)
     table = run.rows(rows.parts[0]).table()
     assert taken(cut_of(run.rows(cut.parts[0])), *keys_of(table)).tolist() == [False, True, True, True, True, True]
 
