@@ -20,6 +20,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
@@ -167,8 +168,12 @@ def persistently(call: Callable[[], T], where: str) -> T:
 
 def _name(error: Exception, where: str) -> None:
     """Have an error say what it is about: a full disk does not."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+    if not isinstance(error, OSError) or error.filename is not None:
+        return
+    if error.errno is not None:
         error.filename = redacted(where)
+    else:
+        error.args = (f"{redacted(where)}: {error}",)
 
 
 def _told(error: Exception, where: str) -> str:
@@ -342,7 +347,9 @@ class Root:
 
 def versions_of(info: dict[str, Any]) -> list[str]:
     """Whatever an entry says that changes with the file: etags first, then times."""
-    return [str(info[name]).strip('"') for name in (*ETAGS, *TIMES) if info.get(name) is not None]
+    values = [info[name] for name in (*ETAGS, *TIMES) if info.get(name) is not None]
+    # One of an instant, the other of seconds: `memory` lists a file one way and describes it the other.
+    return [str(v.timestamp() if isinstance(v, datetime) else v).strip('"') for v in values]
 
 
 def etag_of(info: dict[str, Any]) -> str:

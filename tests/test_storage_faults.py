@@ -86,7 +86,8 @@ def outcome(memory: type[FaultyMemory], clean: dict[str, bytes], plan: Plan) -> 
         assert not differing(finished(memory, plan), clean), f"other bytes without an error: {plan}"
         ended = "same"
     except (PairsieveError, OSError) as error:
-        names = [*(n.removeprefix(POOL) for n in memory.store if n.startswith(POOL)), "run/", "memory://pool", "/pool"]
+        shards = [name.removeprefix(POOL) for name in memory.store if name.startswith(POOL)]
+        names = [*shards, "memory://", *(name.partition("/")[0] for name in clean)]
         assert any(name in str(error) for name in names), f"names no place: {error!r} of {plan}"
         ended = "error"
     assert not differing(finished(memory, Plan()), clean), f"the run after {plan} gave other bytes"
