@@ -238,6 +238,21 @@ def test_concepts_show_the_rows_nearest_to_their_centroid(written: Path) -> None
     assert [r["value"] for r in concept["rows"]] == nearest.tolist()
 
 
+def test_the_words_of_a_concept_are_counted_in_the_captions_that_entered_the_step(written: Path) -> None:
+    assign = pa.concat_tables(
+        pq.read_table(p) for p in sorted((written / "select/04-density/assign").glob("*.parquet"))
+    )
+    listed = pa.concat_tables(
+        pq.read_table(p, columns=["uid", "text"]) for p in (written.parent / "pool").glob("*.parquet")
+    )
+    caption = dict(zip(listed.column("uid").to_pylist(), listed.column("text").to_pylist(), strict=True))
+    captions = [caption[uid] for uid in assign.column("uid").to_pylist()]
+    step = step_of(written, "04-density")
+    words = {c["cluster"]: c["words"] for c in [*step["largest"], *step["pruned"]]}
+    assert any(words.values())
+    assert words == characteristic(captions, assign.column("cluster").to_numpy(), list(words))
+
+
 def test_filtered_rows_are_shown_with_what_was_measured(written: Path) -> None:
     found = step_of(written, "01-filter")["by_reason"]
     rows = found["columns.clip_l14_similarity_score"]
@@ -348,13 +363,12 @@ def test_rows_are_found_by_ordinal_and_by_uid(written: Path) -> None:
 
 
 def test_a_concepts_words_are_those_the_others_lack() -> None:
-    cats = ["a cat on the mat", "the black cat", "a cat sleeps", "cat and the dog", "rare cat"]
+    cats = ["cat photo", "the black cat photo", "cat photo sleeps", "cat photo and the dog", "rare cat photo"]
     dogs = ["the dog barks", "a brown dog", "dog in the sun", "the dog runs", "a dog and the ball"]
-    others = [f"the thing number{'x' * n}" for n in range(90)]
+    others = [f"the thing {'photo' if n < 15 else 'number'}{' x' * n}" for n in range(90)]
     cluster = np.array([7] * 5 + [8] * 5 + [9] * 90)
     found = characteristic([*cats, *dogs, *others], cluster, [7, 8])
-    assert found[7][0] == "cat" and found[8] == ["dog"] and "the" not in found[7] + found[8]
-    assert "rare" not in found[7], "one caption is no concept"
+    assert found == {7: ["cat"], 8: ["dog"]}, "photo and the are everywhere, rare is in one caption"
 
 
 def test_fine_bins_add_up_whatever_the_range() -> None:
