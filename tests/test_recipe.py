@@ -238,6 +238,7 @@ def test_overrides_reach_into_mappings_and_lists(tmp_path, override, value):
     [
         ("seed", "--set seed: expected KEY=VALUE"),
         ("select.9.dedup.epsilon=1", "--set select.9.dedup.epsilon: '9' is not an index of a list of 7"),
+        ("select.7.random.keep=1", "--set select.7.random.keep: '7' is not an index of a list of 7"),
         ("select.x.dedup=1", "--set select.x.dedup: 'x' is not an index of a list of 7"),
         ("select.-1.random.keep=1", "--set select.-1.random.keep: '-1' is not an index of a list of 7"),
         ("seed.x=1", "--set seed.x: 'x' is not inside a mapping or list"),

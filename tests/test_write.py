@@ -19,8 +19,9 @@ from pipeline.machine import Machine
 from pipeline.recipe import recipe_of
 from pipeline.run import Run
 from pipeline.storage import Root
-from pipeline.write import GAP_BYTES, Span, member_bytes, spans, unique_keys
+from pipeline.write import GAP_BYTES, SortUids, Span, member_bytes, spans, unique_keys
 from tests import pools
+from tests.steps import Told
 
 SCORE = "column:score"
 
@@ -241,6 +242,14 @@ def test_keys_that_meet_in_one_tar_are_told_apart():
     assert unique_keys([["d/a"], ["d/a"], ["d/a"]], ["0", "1", "2"]) == [["d/a"], ["d/1_a"], ["d/2_a"]]
     assert unique_keys([["a", "1_a"], ["a"]], ["0", "1"]) == [["a", "1_a"], ["1_1_a"]]
     assert unique_keys([["a"], ["a", "1_a"]], ["0", "1"]) == [["a"], ["1_a", "1_1_a"]]
+
+
+def test_uids_are_sorted_and_once_each_whichever_half_they_differ_in():
+    pairs = [(2, 1), (1, 2), (1, 1), (2, 1), (1, 2), (2, 0), (256, 0)]
+    uids = [a.to_bytes(8, "big") + b.to_bytes(8, "big") for a, b in pairs]
+    made = SortUids().sort(Told(pa.table({"uid": pa.array(uids, pa.binary(16))})))
+    assert made.tables["uids"].column("uid").to_pylist() == sorted(set(uids))
+    assert made.facts == {"uids": 5}
 
 
 class Tar:

@@ -107,6 +107,7 @@ def test_a_column_is_ranked_in_float64_whatever_its_type_in_each_shard():
     close = [0.5, 0.5 + 2.0**-50, 0.5 - 2.0**-50]
     step, outcome = column(Cut("column:s", keep=2), close)
     assert steps.kept(step, outcome) == [0, 1]
+    assert json.loads(outcome.files["cut.json"])["threshold"] == 0.5
     step, outcome = column(
         Cut("column:s", keep=4), ["3", "x", None, "1e1"], [7, 2, None], pa.table({"t": [99, 99]}), [True, False]
     )
