@@ -22,7 +22,7 @@ def rankings(draw):
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     values = rng.choice([-1.0, -0.0, 0.0, 0.5, 0.5 + 2.0**-20, 1e30], n).astype(dtype)
-    uid_N = rng.choice(np.array([b"\0" * 15 + b"\1", b"\xff" * 16, b"\0" * 7 + b"\1" * 9], "S16"), n)
+    uid_N = rng.choice(np.array([b"\0" * 15 + b"\1", b"\0" * 8 + b"\xff" * 8, b"\0" * 7 + b"\1" * 9], "S16"), n)
     uid_N = [bytes(u).ljust(16, b"\0") for u in uid_N]
     unit_N = np.sort(rng.integers(0, 3, n))
     row_N = np.arange(n) - np.searchsorted(unit_N, unit_N)
@@ -35,15 +35,16 @@ def rankings(draw):
 
 
 def by_sorting(table, quotas):
-    group_N, keys = keys_of(table)
-    order = np.lexsort((keys.row, keys.unit, keys.uid_low, keys.uid_high, keys.value))
-    rows = [r for g, quota in enumerate(quotas) for r in order[group_N[order] == g][:quota]]
-    last = {
-        g: rows_of[: quotas[g]][-1]
-        for g in range(len(quotas))
-        if len(rows_of := order[group_N[order] == g]) and quotas[g]
-    }
-    return sorted(rows), {g: int(keys.value[r]) for g, r in last.items()}
+    """Rows taken, and each group's last taken bits, by the order that the design names."""
+    rows = table.to_pylist()
+    order = sorted(range(len(rows)), key=lambda r: tuple(rows[r][name] for name in ("bits", "uid", "unit", "row")))
+    found, last = [], {}
+    for group, quota in enumerate(quotas):
+        mine = [r for r in order if rows[r]["group"] == group][:quota]
+        found += mine
+        if mine:
+            last[group] = rows[mine[-1]]["bits"]
+    return sorted(found), last
 
 
 @settings(max_examples=40)

@@ -186,7 +186,7 @@ class Check:
     ) -> None:
         self.key = key
         self.missing = missing
-        self.fails = fails & ~missing
+        self.fails = fails
         self.value = value
         self.threshold = threshold
 
