@@ -106,7 +106,7 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         UserError: the pool, a model or a list that the recipe names is not as it says.
         RunError: units that could not be finished.
     """
-    run.directory.delete("checksums.sha256")  # until it is back, the directory is not finished
+    before = unfinished(run)
     units = list_units(recipe.pool, run.machine.storage_options)
     recipe = pinned(run, recipe, units)
     stages = networks(run, recipe, units)
@@ -143,7 +143,17 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     written = begin(run, recipe, units, found)
     written |= record(run, recipe, pool, state, seen, steps, outcomes)
     written |= write(run, recipe, pool, state, vectors, outcomes)
-    return finish(run, recipe, pool, begun, steps, outcomes, written)
+    return finish(run, recipe, pool, begun, steps, outcomes, written, before)
+
+
+def unfinished(run: Run) -> bytes:
+    """Take the checksums away: until they are back, the directory is not finished. What they were, or nothing."""
+    try:
+        before = run.directory.read("checksums.sha256")
+    except FileNotFoundError:
+        return b""
+    run.directory.delete("checksums.sha256")
+    return before
 
 
 def first_problem(run: Run, pool: Pooled) -> str:
@@ -410,8 +420,12 @@ def finish(
     steps: Sequence[Step],
     outcomes: Sequence[Outcome],
     written: Exported,
+    before: bytes,
 ) -> Curated:
-    """The run's record: recipe.yaml, run.json, times.json, the report, and last of all the checksums."""
+    """The run's record: recipe.yaml, run.json, times.json, the report, and last of all the checksums.
+
+    A finished run that was only found again keeps its times and its report.
+    """
     alive = alive_after(pool.listed, [begun, *(o.state for o in outcomes)])
     names = ["00-read", *(s.name for s in steps)]
     funnel = tuple(zip(names, [pool.listed, *alive[:-1]], alive, strict=True))
@@ -434,12 +448,21 @@ def finish(
         "datasets": list(dict.fromkeys(f"{stage}/{key}" for stage, key in run.datasets)),
     }
     written |= put(run, "run.json", json.dumps(about, indent=1, sort_keys=True).encode() + b"\n")
-    times = {"host": platform.node(), "python": platform.python_version(), "stages": run.times}
-    run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
     forget_others(run, written)
-    written |= write_report(run.directory, run.store, run.machine)
-    run.directory.write("checksums.sha256", checksums({path: f["sha256"] for path, f in written.items()}))
+    lines = before.splitlines(keepends=True)
+    same = b"".join(line for line in lines if b"  report/" not in line) == checksums(digests_of(written))
+    if run.times or not same or run.directory.bytes("report/index.html") is None:
+        times = {"host": platform.node(), "python": platform.python_version(), "stages": run.times}
+        run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
+        written |= write_report(run.directory, run.store, run.machine)
+        before = checksums(digests_of(written))
+    run.directory.write("checksums.sha256", before)
     return curated
+
+
+def digests_of(written: Exported) -> dict[str, str]:
+    """path -> sha256."""
+    return {path: file["sha256"] for path, file in written.items()}
 
 
 def alive_after(listed: int, states: Sequence[Dataset]) -> list[int]:

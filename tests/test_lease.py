@@ -1,0 +1,91 @@
+"""One run at a time in a directory: a live holder is respected, a dead one is not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.lease import LEASES, leased
+from pipeline.parts import canonical
+from pipeline.storage import Root
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Root:
+    return Root(str(tmp_path / "run/store") if request.param == "local" else f"memory://{uuid.uuid4().hex}/store")
+
+
+def left(store: Root, directory: Root, host: str, pid: int) -> str:
+    """A lease that a run left behind; its path."""
+    with leased(store, directory):
+        (path,) = store.list(LEASES)
+    store.write(path, canonical({"host": host, "pid": pid, "run": "x", "beat": 3}))
+    return path
+
+
+def test_a_lease_is_there_while_a_run_lasts_and_gone_afterwards(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    with leased(store, directory, beat_s=0.05):
+        (path,) = store.list(LEASES)
+        first = store.read(path)
+        seen = threading.Event()
+        while not seen.wait(0.02) and store.read(path) == first:
+            continue
+    assert store.list(LEASES) == {}
+    with pytest.raises(RuntimeError), leased(store, directory):
+        raise RuntimeError
+    assert store.list(LEASES) == {}
+
+
+def test_a_run_whose_holder_lives_on_another_host_is_refused_by_name(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    path = left(store, directory, "elsewhere", 77)
+    over = threading.Event()
+
+    def live() -> None:
+        beat = 3
+        while not over.wait(0.05):
+            beat += 1
+            store.write(path, canonical({"host": "elsewhere", "pid": 77, "run": "x", "beat": beat}))
+
+    other = threading.Thread(target=live)
+    other.start()
+    try:
+        with (
+            pytest.raises(UserError, match=r"run: another run writes here \(process 77 on elsewhere\); wait, or name"),
+            leased(store, directory, watch_s=5),
+        ):
+            raise AssertionError("two at once")
+    finally:
+        over.set()
+        other.join()
+    assert list(store.list(LEASES)) == [path]
+
+
+@pytest.mark.parametrize(
+    ("host", "pid"), [("elsewhere", 1), (platform.node(), 2**22 + 1), (platform.node(), os.getpid())]
+)
+def test_a_holder_that_gives_no_sign_of_life_is_followed(store: Root, tmp_path: Path, host: str, pid: int) -> None:
+    directory = Root(str(tmp_path / "run"))
+    path = left(store, directory, host, pid)
+    with leased(store, directory, watch_s=0.2):
+        assert b'"beat":0' in store.read(path)
+    assert store.list(LEASES) == {}
+
+
+def test_a_torn_lease_counts_for_nothing(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    store.write(left(store, directory, "elsewhere", 1), b'{"host":')
+    with leased(store, directory):
+        assert len(store.list(LEASES)) == 1
+
+
+def test_runs_of_other_directories_share_a_store(store: Root, tmp_path: Path) -> None:
+    with leased(store, Root(str(tmp_path / "a"))), leased(store, Root(str(tmp_path / "b"))):
+        assert len(store.list(LEASES)) == 2
