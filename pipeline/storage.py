@@ -44,7 +44,10 @@ REQUESTS_PER_S = 1000
 PASSING_ERRORS = (errno.EBUSY, errno.EAGAIN, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EPIPE)
 """What s3fs makes of 503 SlowDown and 500; its text then no longer says so."""
 
-PASSING_SIGNS = re.compile(r"SlowDown|Throttl|RequestTimeout|InternalError|ServiceUnavailable|timed out|reset by peer")
+PASSING_SIGNS = re.compile(
+    "SlowDown|Throttl|Timeout|InternalError|ServiceUnavailable|timed out|reset by peer"
+    "|ConnectionError|ConnectionClosed|Disconnected|IncompleteRead|PayloadError"
+)
 PASSING_CODES = re.compile(r"\b(429|500|502|503|504)\b")
 
 NETWORK = ("aiohttp", "azure", "botocore", "gcsfs", "huggingface_hub", "requests")
@@ -426,17 +429,23 @@ class UnitFiles:
     def read(self, role: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         source = self.unit.sources[role]
         fs, path = filesystem(source.url, self._machine.storage_options)
+        for number, block in enumerate(self._blocks(role, fs, path, ranges), 1):
+            # The last one is held back until it is known that no block was cut from another file than was listed.
+            if number == len(ranges):
+                _check_same(fs, path, source)
+            yield block
+
+    def _blocks(self, role: str, fs: Any, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        source = self.unit.sources[role]
         is_local = scheme_of(source.url) in ("file", "local")
         if role in self._open or is_local or source.url.endswith(COMPRESSED):
             with open(self.open(role).path, "rb") as file:
                 for start, stop in ranges:
                     file.seek(start)
                     yield file.read(stop - start)
-        else:
-            for start, stop in ranges:
-                yield persistently(partial(_get, fs, path, start, min(stop, source.bytes)), source.url)
-        # Asked after the last read: what was replaced before or in between would be cut at the places of another file.
-        _check_same(fs, path, source)
+            return
+        for start, stop in ranges:
+            yield persistently(partial(_get, fs, path, start, min(stop, source.bytes)), source.url)
 
     def _fetch(self, source: Source) -> LocalFile:
         fs, path = filesystem(source.url, self._machine.storage_options)
