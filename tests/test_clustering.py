@@ -112,9 +112,11 @@ def test_there_are_at_most_as_many_clusters_as_survivors():
 
 
 def test_rows_with_a_problem_are_in_no_cluster():
-    step = step_of(blobs(30), [10], problem=range(0, 30, 3))
-    table = steps.table_of(step, fitted(step).assigned)
-    assert table.column("at").to_pylist() == [r for r in range(10) if r % 3] + [r - 10 for r in range(10, 30) if r % 3]
+    for group_units, first in ((1, 10), (2, 0)):
+        step = step_of(blobs(30), [10], group_units, problem=range(0, 30, 3))
+        table = steps.table_of(step, fitted(step).assigned)
+        expected = [r for r in range(10) if r % 3] + [r - first for r in range(10, 30) if r % 3]
+        assert table.column("at").to_pylist() == expected
 
 
 def test_copies_leave_empty_clusters():
