@@ -384,7 +384,8 @@ class Plan:
                 }
             )
         units = [pool.units[s.first_unit : s.last_unit + 1] for s in found]
-        return Plan(found, given(places), units, size)
+        names = [" to ".join(dict.fromkeys([mine[0].shard, mine[-1].shard])) for mine in units]
+        return Plan(found, given(places, names), units, size)
 
     def of_units(self, dataset: Dataset) -> Dataset:
         """The parts of the units that each output shard takes from, as one part each."""

@@ -147,9 +147,10 @@ class Dataset:
         )
 
 
-def given(values: Sequence[dict[str, Any]]) -> Dataset:
+def given(values: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> Dataset:
     """Small values as a dataset, one part each: what a stage is told about its place rather than asked for."""
-    return Dataset("given", "", tuple(Part("given", (), canonical(v).decode()) for v in values))
+    named = zip(names or ["given"] * len(values), values, strict=True)
+    return Dataset("given", "", tuple(Part(name, (), canonical(value).decode()) for name, value in named))
 
 
 @dataclass(frozen=True)

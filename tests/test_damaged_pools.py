@@ -11,8 +11,9 @@ import json
 import resource
 import subprocess
 import sys
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import pytest
 
 from jobs import cli
 from pipeline.curate import Curated, curate
-from pipeline.executor import Serial
+from pipeline.errors import RunError
+from pipeline.executor import Failure, Serial, Worker
 from pipeline.machine import Machine
 from pipeline.recipe import recipe_of
-from pipeline.run import Run
+from pipeline.run import Run, Task
 from pipeline.schema import SAMPLE_PROBLEMS, SHARD_PROBLEMS
 from pipeline.storage import Root
 from pipeline.verify import verify
@@ -340,3 +342,61 @@ def test_a_pool_without_any_sample_is_a_mistake_that_names_the_damage(
     (tmp_path / "pool/0.tar").write_bytes(b"<html>403</html>" * 99)
     assert run_cli(tmp_path, tmp_path / "pool") == 2
     assert "no sample in 1 shards; 0.tar: not_a_tar: " in capsys.readouterr().err
+
+
+class Meddling(Serial):
+    """Does something to the pool just before the first task of a stage."""
+
+    def __init__(self, stage: str, meddle: Callable[[], object]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.meddle = meddle
+
+    def each(self, worker: Worker, tasks: Iterable[Any], gpu: bool = False) -> Iterator[tuple[int, Any | Failure]]:
+        for position, task in enumerate(tasks):
+            if isinstance(task, Task) and task.stages[0].name == self.stage:
+                self.meddle()
+                self.stage = ""
+            for _, result in super().each(worker, [task], gpu):
+                yield position, result
+
+
+def curate_in(folder: Path, pool: str, executor: Serial) -> Run:
+    run = Run(Root(str(folder / "run/store")), Root(str(folder / "run")), executor, Machine(scratch=str(folder)))
+    curate(run, recipe_of({"pool": {"format": "webdataset", "path": pool}, "limits": {"max_unreadable": 1}}))
+    return run
+
+
+def parts_made(run: Run, stage: str) -> int:
+    return sum(entry["parts"] for entry in run.times if entry["stage"] == stage)
+
+
+def test_a_shard_that_vanishes_is_named_and_a_rerun_finishes(tmp_path: Path) -> None:
+    pool = webdataset_pool(tmp_path / "pool", 3, 6, 1)
+    lost = (pool / "00001.tar").read_bytes()
+    with pytest.raises(RunError, match=r"read: 1 of its parts could not be made.*\n  00001\.tar: FileNotFoundError"):
+        curate_in(tmp_path, str(pool), Meddling("read", (pool / "00001.tar").unlink))
+    (pool / "00001.tar").write_bytes(lost)
+    again = curate_in(tmp_path, str(pool), Serial())
+    assert parts_made(again, "read") == 1
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("stage", ["read", "write_tar"])
+@pytest.mark.parametrize("change", ["content", "length"])
+def test_a_shard_that_changes_after_it_was_listed_is_never_copied(
+    tmp_path: Path, place: str, stage: str, change: str
+) -> None:
+    pool = webdataset_pool(tmp_path / "pool", 2, 6, 1)
+    first, second = ((pool / f"0000{i}.tar").read_bytes() for i in range(2))
+    assert len(first) == len(second)
+    root = Root(str(tmp_path / "alone") if place == "local" else f"memory://{uuid.uuid4().hex}")
+    root.write("00000.tar", first)
+    other = second if change == "content" else second + corpus.END
+    with pytest.raises(RunError, match=r"\n  00000\.tar: OSError: .*when it was listed|changed since it was listed"):
+        curate_in(tmp_path, f"{root.url}/00000.tar", Meddling(stage, lambda: root.write("00000.tar", other)))
+    assert not (tmp_path / "run/checksums.sha256").exists()
+    curate_in(tmp_path, f"{root.url}/00000.tar", Serial())
+    assert [str(d) for d in verify(Root(str(tmp_path / "run")), Root(str(tmp_path / "run/store")), Machine())] == []
+    keys = pq.read_table(tmp_path / "run/decisions")["key"].to_pylist()
+    assert all(key.startswith("00001") for key in keys)

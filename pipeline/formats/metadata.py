@@ -7,12 +7,13 @@ odd value never costs the other rows of its column.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,7 +47,7 @@ class MetadataError(ValueError):
     """Metadata that cannot be used; the text is the short reason."""
 
 
-def open_parquet(path: str) -> pq.ParquetFile:
+def open_parquet(source: str | bytes) -> pq.ParquetFile:
     """Open an untrusted parquet file whose columns are plain Arrow types.
 
     The footer is searched for extension types before Arrow parses it: a registered extension type (Ray's tensors)
@@ -54,26 +55,29 @@ def open_parquet(path: str) -> pq.ParquetFile:
     so that `plain` can see how long they are before they take that room.
 
     Args:
-        path: local file.
+        source: local file, or its bytes.
 
     Raises:
         MetadataError: not a parquet file, cut short, or it names an extension type.
         OSError: the disk failed.
     """
-    footer = _footer(path)
+    with open(source, "rb") if isinstance(source, str) else io.BytesIO(source) as stored:
+        footer = _footer(stored)
     if any(pattern in footer for pattern in _EXTENSION_PATTERNS):
         raise MetadataError("extension types are refused")
     try:
-        with _parquet_file(path) as file:
+        with _parquet_file(source) as file:
             texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
-        return _parquet_file(path, texts)
+        return _parquet_file(source, texts)
     except (pa.ArrowException, OSError) as error:
         raise damage(error) from None
 
 
-def _parquet_file(path: str, texts: Sequence[str] = ()) -> pq.ParquetFile:
+def _parquet_file(source: str | bytes, texts: Sequence[str] = ()) -> pq.ParquetFile:
     options = {"buffer_size": 1 << 20, "pre_buffer": False, "arrow_extensions_enabled": False}
-    return pq.ParquetFile(path, read_dictionary=list(texts), **options)
+    return pq.ParquetFile(
+        source if isinstance(source, str) else pa.BufferReader(source), read_dictionary=list(texts), **options
+    )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -88,16 +92,15 @@ def _base64_anywhere(text: bytes) -> tuple[bytes, ...]:
 _EXTENSION_PATTERNS = (b"ARROW:extension:", *_base64_anywhere(b"ARROW:extension:"))
 
 
-def _footer(path: str) -> bytes:
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read()
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or length + 8 > size:
-            raise MetadataError("not a parquet file, or cut short")
-        file.seek(size - 8 - length)
-        return file.read(length)
+def _footer(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    tail = file.read()
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or length + 8 > size:
+        raise MetadataError("not a parquet file, or cut short")
+    file.seek(size - 8 - length)
+    return file.read(length)
 
 
 def damage(error: Exception) -> MetadataError:

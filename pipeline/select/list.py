@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline.arrow import hexes
 from pipeline.errors import UserError
+from pipeline.formats.metadata import open_parquet, plain
 from pipeline.machine import Machine
 from pipeline.select.judge import judged
 from pipeline.state import Verdict
@@ -109,12 +109,13 @@ def members(data: bytes, url: str, on: str) -> np.ndarray:
                 raise UserError(f"{where}: a .npy list holds u8,u8 uids (found {pairs.dtype}) and needs `on: uid`")
             return np.sort(fingerprints([f"{a:016x}{b:016x}" for a, b in pairs.tolist()], on))
         if url.endswith(".parquet"):
-            table = pq.read_table(io.BytesIO(data))
-            if on not in table.column_names:
-                raise UserError(f"{where}: no column '{on}'; it has {table.column_names}")
-            return np.sort(fingerprints(table.column(on).cast(pa.string()).drop_null().to_pylist(), on))
+            with open_parquet(data) as file:
+                if on not in file.schema_arrow.names:
+                    raise UserError(f"{where}: no column '{on}'; it has {file.schema_arrow.names}")
+                column = plain(file.read([on], use_threads=False)).column(on)
+            return np.sort(fingerprints(column.cast(pa.string()).drop_null().to_pylist(), on))
         return np.sort(fingerprints([line.strip() for line in data.decode("utf-8").splitlines() if line.strip()], on))
-    except (pa.ArrowInvalid, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from None
 
 

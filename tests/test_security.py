@@ -1,0 +1,287 @@
+"""Hostile input and secrets: what the checklist of defences (S1 to S17) forbids does not happen.
+
+Tests of single defences stand beside their modules: images (S7), tar names (S1), metadata (S6, S8), storage (S13),
+reports (S10), weights (S4), the deployment files and the job submission (S11, S12), doctor (S16).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import http.server
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import MAX_YAML_BYTES, load_yaml, parse_yaml
+from pipeline.curate import curate
+from pipeline.errors import UserError
+from pipeline.executor import Serial
+from pipeline.formats.tar import END, member_header, padding
+from pipeline.formats.webdataset import _safe, unsafe
+from pipeline.machine import Machine
+from pipeline.recipe import recipe_of
+from pipeline.run import Run
+from pipeline.storage import Root
+from tests import corpus_tables
+from tests.corpus import Shard
+from tests.corpus_samples import JPEG
+from tests.corpus_tables import Canary
+from tests.pools import webdataset_pool
+from tests.runs import webdataset
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("jobs/*.py")])
+
+FORBIDDEN_MODULES = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal", "webdataset"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.full_load", "yaml.unsafe_load"}
+FORBIDDEN_CALLS |= {"os.system", "os.popen", "pd.read_pickle", "faiss.read_index", "tarfile.open", "Image.open"}
+EXPLICIT = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
+EXPLICIT |= {"np.lib.format.read_array": ("allow_pickle", False)}
+
+
+def faults(tree: ast.AST, path: Path = ROOT) -> list[str]:
+    """What a source file must not do, by line."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            wanted = {alias.name for alias in node.names}
+            names = [] if wanted == {"UnpicklingError"} else names
+            found += [f"{node.lineno}: {name}" for name in names if name.partition(".")[0] in FORBIDDEN_MODULES]
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        own = path.name == "sample.py" and name in ("Image.open", "tarfile.open")  # what it made itself
+        if (name in FORBIDDEN_CALLS and not own) or given.get("shell"):
+            found.append(f"{node.lineno}: {name}")
+        if name in EXPLICIT:
+            argument, value = EXPLICIT[name]
+            if given.get(argument) is not value:
+                found.append(f"{node.lineno}: {name} without {argument}={value}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_unpickles_evaluates_or_opens_a_shell(path: Path) -> None:
+    assert faults(ast.parse(path.read_text()), path) == []
+
+
+def test_the_lint_sees_what_it_forbids() -> None:
+    code = "import pickle\nnp.load(x)\ntorch.load(f, weights_only=False)\nyaml.load(t)\nrun(c, shell=True)\neval(x)"
+    assert [fault.partition(":")[0] for fault in faults(ast.parse(code))] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_members_that_unpickle_elsewhere_are_copied_and_never_opened(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+    payload = corpus_tables.pickle.dumps(Canary(canary))
+    array = io.BytesIO()
+    np.save(array, np.array([Canary(canary)], object), allow_pickle=True)
+    shard = Shard()
+    for key in ("a", "b"):
+        shard.add(f"{key}.jpg", JPEG).add(f"{key}.txt", f"caption of {key}".encode())
+        for suffix in ("pyd", "pkl", "pickle", "pth", "pt", "ten", "tb", "mp"):
+            shard.add(f"{key}.{suffix}", payload)
+        shard.add(f"{key}.npy", array.getvalue()).add(f"{key}.cls", b"__import__('os').system('touch canary')")
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    (pool / "0.tar").write_bytes(shard.closed())
+    recipe = {"pool": {"format": "webdataset", "path": str(pool)}, "models": {"tiny": {"weights": "tiny"}}}
+    run_of(recipe, tmp_path / "run")
+    assert not canary.exists()
+    assert payload in (tmp_path / "run/filtered/00000000.tar").read_bytes()
+    np.load(io.BytesIO(array.getvalue()), allow_pickle=True)
+    assert canary.exists()  # the control
+
+
+def run_of(recipe: dict[str, Any], directory: Path) -> None:
+    curate(Run(Root(f"{directory}/store"), Root(str(directory)), Serial(), Machine()), recipe_of(recipe))
+
+
+def test_a_list_with_an_extension_type_is_refused_unopened(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+    (tmp_path / "deny.parquet").write_bytes(corpus_tables.extension(canary))
+    pa.register_extension_type(corpus_tables.Opened(corpus_tables.pickle.dumps(None)))
+    try:
+        recipe = webdataset(webdataset_pool(tmp_path / "pool", 1, 6, 1))
+        recipe["select"] = [{"list": {"deny": str(tmp_path / "deny.parquet")}}]
+        with pytest.raises(UserError, match="extension types are refused"):
+            run_of(recipe, tmp_path / "run")
+        assert not canary.exists()
+        pq.ParquetFile(tmp_path / "deny.parquet").close()
+        assert canary.exists()  # the control: Arrow alone opens it
+    finally:
+        pa.unregister_extension_type("tests.opened")
+
+
+def test_weights_of_another_digest_are_refused(tmp_path: Path) -> None:
+    recipe = webdataset(webdataset_pool(tmp_path / "pool", 1, 6, 1))
+    recipe["models"] = {"clip": {"weights": "tiny", "sha256": "0" * 64}}
+    with pytest.raises(UserError, match=r"recipe\.models\.clip: its weights have sha256 [0-9a-f]{64}, not 0{64}"):
+        run_of(recipe, tmp_path / "run")
+
+
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "anchors and aliases"),
+        ("x: !!python/object/apply:os.system ['touch canary']", "could not determine a constructor"),
+        ("x: !!python/name:os.system", "could not determine a constructor"),
+        ("{" * 100_000, "not valid YAML"),
+        ("[" * 5_000, "not valid YAML"),
+        ("x: " + "y" * MAX_YAML_BYTES, f"larger than {MAX_YAML_BYTES} bytes"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("x: " + "9" * 10_000, "not valid YAML"),
+    ],
+    ids=["aliases", "tag", "name", "braces", "brackets", "large", "two documents", "digits"],
+)
+def test_yaml_that_is_no_recipe_is_refused_at_once(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_yaml(text, "recipe.yaml")
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with open(tmp_path / "huge.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="larger than"):
+        load_yaml(tmp_path / "huge.yaml")
+
+
+HOSTILE = ["../../x", "/etc/passwd", "..", "C:\\x", "a/../../b", "~/x", "%2e%2e/x", "x\ny", "\u202ex", "-rf", "a/b"]
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
+
+
+@settings(max_examples=50)
+@given(names=st.lists(NAMES | st.sampled_from(HOSTILE), min_size=200, max_size=200))
+def test_of_ten_thousand_names_each_is_safe_or_has_a_stand_in(names: list[str]) -> None:
+    for name in names:
+        key = _safe(name)
+        assert unsafe(key) is None
+        assert os.path.commonpath(["/run", os.path.normpath(f"/run/{key}.jpg")]) == "/run"
+        assert key == name or key.startswith("unsafe-")
+
+
+def test_whatever_keys_and_shards_are_called_nothing_is_written_outside_the_run(tmp_path: Path) -> None:
+    draw = random.Random(7)
+    letters = "abz./\\:~%*?\n\u202e\u00e9\u65e5 '\"<>|&;$-"
+    names = [*HOSTILE, *("".join(draw.choices(letters, k=draw.randrange(1, 12))) for _ in range(1000))]
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    data = bytearray()
+    for key in names:
+        for suffix, content in ((".jpg", JPEG[:64]), (".txt", b"some words")):
+            data += member_header(key + suffix, len(content)) + content + padding(len(content))
+    for shard in ("-rf .tar", "$(touch canary).tar", "..hidden.tar", "a;b\n.tar", "%2e%2e%2f.tar"):
+        (pool / shard).write_bytes(bytes(data) + END)
+    recipe = {"pool": {"format": "webdataset", "path": str(pool)}, "limits": {"max_unreadable": 1}}
+    run_of(recipe, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pool", "run"]
+    assert plain_names(tmp_path / "run")
+    written = [
+        key for part in (tmp_path / "run/filtered").glob("*.parquet") for key in pq.read_table(part)["key"].to_pylist()
+    ]
+    assert len(written) > 900
+    assert all(unsafe(key) is None for key in written)
+
+
+def plain_names(run: Path) -> bool:
+    """Whether every path below a run is made of the characters that we give names ourselves."""
+    allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/")
+    return all(set(path.relative_to(run).as_posix()) <= allowed for path in run.rglob("*"))
+
+
+SECRET = "canary-7f3a9c"
+
+
+def hits(folder: Path) -> list[str]:
+    """Files that hold the secret in name or content, packed parquet columns included."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shown = path.read_bytes()
+            if shown.startswith(b"PAR1"):
+                shown += json.dumps(pq.read_table(path).to_pylist(), default=str).encode()
+            if SECRET.encode() in shown or SECRET in path.name:
+                found.append(str(path))
+    return found
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and ranges of them, at URLs that hold the secret."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if f"token={SECRET}" not in self.path or not path.is_file():
+            self.send_error(404 if f"token={SECRET}" in self.path else 403)
+            return
+        first, _, last = self.headers.get("Range", "bytes=0-99999999").removeprefix("bytes=").partition("-")
+        data = path.read_bytes()[int(first) : int(last) + 1]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """URL of a folder with a shard of a pool and a list, to which the secret has to be added."""
+    folder = webdataset_pool(tmp_path / "served", 1, 12, 1)
+    (folder / "deny.txt").write_text("none\n")
+    handler = functools.partial(Server, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://user:{SECRET}@127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(tmp_path: Path, served: str) -> None:
+    recipe = {
+        "pool": {"format": "webdataset", "path": [f"{served}/00000.tar?token={SECRET}"]},
+        "select": [{"list": {"deny": f"{served}/deny.txt?token={SECRET}", "on": "key"}}],
+        "limits": {"max_unreadable": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    machine = {"storage_options": {"s3": {"key": SECRET, "secret": SECRET, "token": SECRET}}}
+    (tmp_path / "machine.yaml").write_text(json.dumps(machine))
+    run = tmp_path / "run"
+    where = [str(tmp_path / "recipe.yaml"), "--machine", str(tmp_path / "machine.yaml"), "--executor", "serial"]
+    environment = os.environ | {"AWS_SECRET_ACCESS_KEY": SECRET, "RAY_AUTH_TOKEN": SECRET, "HF_TOKEN": SECRET}
+    command = [sys.executable, "-c", "import sys; from jobs import cli; sys.exit(cli.main())", "run", *where]
+    ran = subprocess.run([*command, "--run", str(run)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert hits(run) == []
+    assert SECRET not in ran.stdout + ran.stderr
+    assert "http://127.0.0.1" in (run / "recipe.yaml").read_text()
+    wrong = recipe | {"pool": {"format": "webdataset", "path": f"{served}/gone.tar?token={SECRET}"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(wrong))
+    ran = subprocess.run([*command, "--run", str(run)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == 2
+    assert SECRET not in ran.stdout + ran.stderr
+    assert ran.stderr.startswith("pairsieve: pool.path: ")
