@@ -59,7 +59,8 @@ class Clustering:
         rows = max(min(k * self.sample_per_cluster, SAMPLE_ROWS), LEAST_ROWS)
         fraction = min(1.0, rows / step.survivors)
         drawn = step.run.map(Draw(side, step.seed, step.name, fraction), evidence, step.samples, step.state)["drawn"]
-        trained = step.run.map(Train(k, self.iterations, step.seed), drawn.grouped(len(drawn)))["centroids"]
+        train = Train(k, self.iterations, step.seed)
+        trained = step.run.map(train, drawn.grouped(len(drawn)), gpu=True)["centroids"]
         centroids, objective = trained, next(trained.facts())["objective"]
         for _ in range(self.passes):
             spread = centroids.spread(len(step.state))
@@ -194,7 +195,8 @@ class Train:
     def build(self, machine: Machine) -> Function:
         def train(drawn: Rows) -> Made:
             sample_MD = np.concatenate([unfixed(p.column("vector"), np.float16) for p in drawn.pieces()])
-            centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads)
+            gpu = machine.device != "cpu"
+            centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads, gpu)
             return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})
 
         return train

@@ -18,7 +18,9 @@ DENSE = 8  # centroids per row that can be nearest, above which one float64 prod
 SUM_ROWS = 4096
 
 
-def train(sample_MD: Floats, k: int, iterations: int, seed: int, threads: int) -> tuple[Float32s, Float64s]:
+def train(
+    sample_MD: Floats, k: int, iterations: int, seed: int, threads: int, gpu: bool = False
+) -> tuple[Float32s, Float64s]:
     """Cluster a sample by cosine with FAISS; the same sample, seed and processor give the same bits.
 
     Fewer distinct rows than `k`, or fewer rows, leave centroids that coincide or that no row is nearest to.
@@ -29,6 +31,7 @@ def train(sample_MD: Floats, k: int, iterations: int, seed: int, threads: int) -
         iterations: Lloyd iterations, at least 1.
         seed: of the initial centroids.
         threads: that FAISS uses.
+        gpu: use every GPU that this host has, where FAISS is a GPU build.
 
     Returns:
         float32, shape (k, D): unit centroids; and float64, shape (iterations,): mean of 1 - cosine to the nearest
@@ -54,6 +57,7 @@ def train(sample_MD: Floats, k: int, iterations: int, seed: int, threads: int) -
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=len(vec_MD),  # FAISS subsamples to 256 a centroid unless told
+        gpu=gpu and faiss.get_num_gpus() > 0,
         init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if plus_plus else faiss.ClusteringInitMethod_RANDOM,
     )
     before = faiss.omp_get_max_threads()
