@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import sys
-import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,12 +27,15 @@ from pipeline.run import Run
 from pipeline.stage import Function, Made, Rows
 from pipeline.storage import Root
 
-UNITS = 40
+UNITS = 24
 
 
 @dataclass(frozen=True)
 class Slow:
-    """Half a second of work on a number; leaves a mark in the machine's scratch folder when it begins."""
+    """Half a second of work on a number; leaves a mark in the machine's scratch folder when it begins.
+
+    The second half of the numbers waits for `exchanged` beside that folder; a negative number never ends.
+    """
 
     name: ClassVar[str] = "slow"
     version: ClassVar[int] = 1
@@ -47,6 +50,8 @@ class Slow:
             (marks / f"{number}-{uuid.uuid4().hex}").touch()
             if number < 0:
                 time.sleep(3600)
+            while number >= UNITS // 2 and not (marks.parent / "exchanged").exists():
+                time.sleep(0.1)
             time.sleep(0.5)
             return Made({"rows": pa.table({"number": [number] * 10})})
 
@@ -67,17 +72,17 @@ def main(directory: str, marks: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=store) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
 
-    def exchange() -> None:
+    machine = Machine(workers=2, scratch=str(marks))
+    executor = RayExecutor(machine)
+    run = Run(Root(f"{directory}/store"), Root(directory), executor, machine)
+    with ThreadPoolExecutor(1) as thread:  # only the main thread may start and end nodes
+        making = thread.submit(run.map, Slow(), numbers(UNITS))
         while begun(marks) < UNITS // 4:
             time.sleep(0.05)
         cluster.remove_node(nodes[0], allow_graceful=False)
         cluster.add_node(num_cpus=1, object_store_memory=store)
-
-    threading.Thread(target=exchange, daemon=True).start()
-    machine = Machine(workers=2, scratch=str(marks))
-    executor = RayExecutor(machine)
-    run = Run(Root(f"{directory}/store"), Root(directory), executor, machine)
-    made = run.map(Slow(), numbers(UNITS))["rows"]
+        (marks.parent / "exchanged").touch()
+        made = making.result()["rows"]
     content = hashlib.sha256("".join(file.sha256 for part in made.parts for file in part.files).encode()).hexdigest()
     alive = sum(node["Alive"] for node in ray.nodes())
     print(
