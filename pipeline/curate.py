@@ -447,6 +447,7 @@ def finish(
         "health": {step.name: outcome.health for step, outcome in zip(steps, outcomes, strict=True)},
         "drops": {s.name: drops(o.state) for s, o in zip(steps, outcomes, strict=True)},
         "datasets": list(dict.fromkeys(f"{stage}/{key}" for stage, key in run.datasets)),
+        "manifests": run.manifests,
     }
     written |= put(run, "run.json", json.dumps(about, indent=1, sort_keys=True).encode() + b"\n")
     forget_others(run, written)

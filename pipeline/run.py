@@ -354,8 +354,8 @@ class Run:
     datasets: list[tuple[str, str]] = field(default_factory=list)
     numerics_class: dict[str, str] = field(default_factory=dict)
     segment_parts: int = SEGMENT_PARTS
-    _manifests: set[str] = field(default_factory=set)
-    """Paths of those known to be there and whole."""
+    manifests: dict[str, str] = field(default_factory=dict)
+    """Path -> sha256 of those known to be there and whole."""
 
     def numerics(self, question: Callable[[Machine], T]) -> T:
         """What a worker with a GPU, if there is one, computes forward passes with; kept for the run's record."""
@@ -507,12 +507,13 @@ class Run:
         """All receipts of a dataset from its manifest, or None where it was never finished."""
         path = _manifest(stage, keys)
         try:
-            found = self._unpacked(path)
+            data = self.store.read(path)
         except FileNotFoundError:
             return None
+        found = _unpacked(path, data)
         if not found.keys() >= set(keys):
             return None
-        self._manifests.add(path)
+        self.manifests[path] = _sha256(data)
         return found
 
     def _committed(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
@@ -525,21 +526,12 @@ class Run:
             for path in self.store.list(folder):
                 if len(found) == len(wanted):
                     return found
-                found.update((k, r) for k, r in self._unpacked(path).items() if k in wanted)
+                found.update((k, r) for k, r in _unpacked(path, self.store.read(path)).items() if k in wanted)
         for path in self.store.list(f"{LOOSE}/{stage.name}"):
             key = path.rpartition("/")[2].removesuffix(".json")
             if key in wanted and key not in found and (receipt := read_record(self.store, path)):
                 found[key] = receipt
         return found
-
-    def _unpacked(self, path: str) -> dict[str, Receipt]:
-        """The receipts of a manifest or a segment by key; none where it is damaged."""
-        data = self.store.read(path)
-        try:
-            return {receipt["key"]: receipt for receipt in in_order(data)}
-        except ValueError as error:
-            log.warning("%s: %s; what it stands for is made again", path, error)
-            return {}
 
     def _listed(self, listings: Sequence[str]) -> list[str | None]:
         if every := read_record(self.store, _listed(digest(listings))):
@@ -599,9 +591,10 @@ class Run:
         self, stage: Stage, keys: Sequence[str], found: dict[str, Receipt], names: Sequence[str]
     ) -> dict[str, Dataset]:
         path = _manifest(stage, keys)
-        if path not in self._manifests:
-            self.store.write(path, _pack([found[k] for k in keys]))
-            self._manifests.add(path)
+        if path not in self.manifests:
+            data = _pack([found[k] for k in keys])
+            self.store.write(path, data)
+            self.manifests[path] = _sha256(data)
         self.store.delete(_failed(stage.name))
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
@@ -625,6 +618,15 @@ def _manifest(stage: Stage, keys: Sequence[str]) -> str:
 def _pack(receipts: Sequence[Receipt]) -> bytes:
     rows = {"key": [r["key"] for r in receipts], "receipt": [sealed(r).decode() for r in receipts]}
     return to_parquet(pa.table(rows, schema=RECEIPTS))
+
+
+def _unpacked(path: str, data: bytes) -> dict[str, Receipt]:
+    """The receipts of a manifest or a segment by key; none where it is damaged."""
+    try:
+        return {receipt["key"]: receipt for receipt in in_order(data)}
+    except ValueError as error:
+        log.warning("%s: %s; what it stands for is made again", path, error)
+        return {}
 
 
 def in_order(data: bytes) -> list[Receipt]:

@@ -6,6 +6,7 @@ or batch of rows at a time; of subset.npy alone all uids are held.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,10 @@ def against_checksums(directory: Root, store: Root, record: Record) -> Iterator[
 def stored(store: Root, record: Record) -> Iterator[Difference]:
     """Every part that the run refers to is in the store, whole."""
     seen: set[str] = set()
+    for manifest, sha256 in record.about.get("manifests", {}).items():
+        is_there = store.bytes(manifest) is not None  # below, a missing one is named
+        if is_there and hashlib.sha256(store.read(manifest)).hexdigest() != sha256:
+            yield Difference(f"store/{manifest}", "its bytes are not those that the run recorded")
     for manifest in record.manifests:
         for receipt in receipts_of(store, manifest):
             for made in receipt["files"].values():
