@@ -84,10 +84,9 @@ def main(directory: str, marks: Path) -> None:
         (marks.parent / "exchanged").touch()
         made = making.result()["rows"]
     content = hashlib.sha256("".join(file.sha256 for part in made.parts for file in part.files).encode()).hexdigest()
-    alive = sum(node["Alive"] for node in ray.nodes())
-    print(
-        json.dumps({"begun": begun(marks), "content": content, "alive": alive, "nodes": len(ray.nodes())}), flush=True
-    )
+    while sum(node["Alive"] for node in ray.nodes()) != 3:  # the cluster takes its time to believe it
+        time.sleep(0.2)
+    print(json.dumps({"begun": begun(marks), "content": content, "nodes": len(ray.nodes())}), flush=True)
     executor.close()
     ray.shutdown()
     cluster.shutdown()
