@@ -108,7 +108,13 @@ def plans(clean: Plan, calls: int, places: tuple[str, ...]) -> Iterator[Plan]:
 @pytest.mark.goal("R5")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("calls", "places"), [(1, (RUN, POOL)), pytest.param(3, (*FOLDERS, POOL), marks=pytest.mark.campaign)]
+    ("calls", "places"),
+    [
+        (1, (RUN, POOL)),
+        pytest.param(3, (RUN, POOL), marks=pytest.mark.campaign),
+        pytest.param(1, FOLDERS, marks=pytest.mark.campaign),
+    ],
+    ids=["first", "first three", "first in each folder"],
 )
 def test_a_fault_of_storage_ends_in_the_same_bytes_or_names_the_place(
     memory: type[FaultyMemory],
@@ -125,4 +131,7 @@ def test_a_fault_of_storage_ends_in_the_same_bytes_or_names_the_place(
         assert result == "same" or plan.fault not in PASSES, f"{plan} passes, but the run was given up"
         ended[result] += 1
     assert min(ended.values()) > 0
-    record_property("figure", f"{ended['same']} ended in the same bytes, {ended['error']} named, 0 else")
+    record_property(
+        "figure",
+        f"{sum(ended.values())} faults: {ended['same']} ended in the same bytes, {ended['error']} named, 0 else",
+    )
