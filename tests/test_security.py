@@ -13,12 +13,13 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,16 +28,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import cli
 from pipeline.config import MAX_YAML_BYTES, load_yaml, parse_yaml
 from pipeline.curate import curate
 from pipeline.errors import UserError
 from pipeline.executor import Serial
 from pipeline.formats.tar import END, member_header, padding
 from pipeline.formats.webdataset import _safe, unsafe
-from pipeline.machine import Machine
-from pipeline.recipe import recipe_of
+from pipeline.machine import Machine, load_machine
+from pipeline.recipe import recipe_of, resolved
 from pipeline.run import Run
-from pipeline.storage import Root
+from pipeline.select.list import List
+from pipeline.storage import Root, redacted, without_secrets
 from tests import corpus_tables
 from tests.corpus import Shard
 from tests.corpus_samples import JPEG
@@ -285,3 +288,134 @@ def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(tmp_pa
     assert ran.returncode == 2
     assert SECRET not in ran.stdout + ran.stderr
     assert ran.stderr.startswith("pairsieve: pool.path: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:secret@host/path?token=1#x", "https://host/path"),
+        ("https://me:p@ss@host:8080/a@b", "https://host:8080/a@b"),
+        ("http://host:8080/a@b", "http://host:8080/a@b"),
+        ("https://host?token=1", "https://host"),
+        ("s3://KEY:slashed/secret@bucket/0000?.tar", "s3://bucket/0000?.tar"),
+        ("s3://bucket/{00..09}.tar?sig=1", "s3://bucket/{00..09}.tar"),
+        ("s3://bucket/user@mail/x#y.tar", "s3://bucket/user@mail/x#y.tar"),
+        ("abfs://container@account.dfs.core.windows.net/a", "abfs://container@account.dfs.core.windows.net/a"),
+        ("abfs://key:secret@account/a", "abfs://account/a"),
+        ("/a/local?path=1", "/a/local?path=1"),
+    ],
+)
+def test_a_url_is_shown_without_what_may_be_secret(url: str, shown: str) -> None:
+    assert redacted(url) == shown
+    assert without_secrets(f"403, url='{url}' (no)") == f"403, url='{shown}' (no)"
+
+
+def test_a_redacted_recipe_is_the_same_recipe_but_for_the_secrets() -> None:
+    pool = {"format": "webdataset", "path": ["s3://k:s@b/{0..9}.tar", "/local/*.tar"]}
+    text = resolved(recipe_of({"pool": pool, "select": [{"list": {"deny": "http://h/d.txt?token=1", "on": "url"}}]}))
+    again = recipe_of(parse_yaml(text, "recipe.yaml"))
+    assert again.pool.path == ["s3://b/{0..9}.tar", "/local/*.tar"]
+    assert again.select[0][1] == List(deny="http://h/d.txt", on="url")
+    assert resolved(again) == text
+
+
+def test_a_machine_does_not_show_its_storage_options(tmp_path: Path) -> None:
+    assert SECRET not in repr(Machine(storage_options={"s3": {"secret": SECRET}}))
+    (tmp_path / "machine.yaml").write_text(f"storage_options: {{s3: {SECRET}}}")
+    with pytest.raises(UserError, match=r"machine\.storage_options\.s3: Input should be an object") as error:
+        load_machine(str(tmp_path / "machine.yaml"))
+    assert SECRET not in str(error.value)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """An object store that refuses every request, and counts them."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    Refusing.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("key", "pool", "run", "code", "message"),
+    [
+        (None, "s3://bucket/0.tar", "run", 1, r"s3://bucket/0\.tar: NoCredentialsError: Unable to locate credentials"),
+        ("key", "s3://bucket/*.tar", "run", 2, r"pool\.path: .*s3://bucket/?: access refused \(not throttling\)"),
+        (None, "pool", "s3://bucket/run", 1, "s3://bucket/run/.*: NoCredentialsError: Unable to locate credentials"),
+        ("key", "pool", "s3://bucket/run", 1, r"s3://bucket/run/.*: access refused \(not throttling\)"),
+    ],
+)
+def test_missing_and_refused_credentials_are_one_message(
+    tmp_path: Path,
+    refusing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str | None,
+    pool: str,
+    run: str,
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if key:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    webdataset_pool(tmp_path / "pool", 1, 6, 1)
+    (tmp_path / "machine.yaml").write_text(json.dumps({"storage_options": {"s3": {"endpoint_url": refusing}}}))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"pool": {"format": "webdataset", "path": pool}}))
+    command = ["run", "recipe.yaml", "--run", run, "--machine", "machine.yaml", "--executor", "serial"]
+    assert cli.main(command) == code
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pairsieve: ")]
+    assert len(said) == 1
+    assert re.search(message, said[0])
+    assert SECRET not in said[0]
+
+
+def test_urls_in_a_pool_are_never_followed(tmp_path: Path, refusing: str) -> None:
+    fields = {"caption": "some words here", "url": f"{refusing}/image", "path": f"pipe:curl {refusing}"}
+    shard = Shard()
+    for key in ("a", "b"):
+        shard.add(f"{key}.jpg", JPEG).add(f"{key}.json", json.dumps(fields).encode())
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool/0.tar").write_bytes(shard.closed())
+    pq.write_table(pa.table({"key": ["a", "b", "c"], "url": [fields["url"]] * 3}), tmp_path / "pool/0.parquet")
+    recipe = {"pool": {"format": "webdataset", "path": str(tmp_path / "pool")}, "models": {"tiny": {"weights": "tiny"}}}
+    run_of(recipe, tmp_path / "run")
+    assert Refusing.asked == []
+
+
+def test_what_is_sent_to_ray_beside_the_code_is_environment_variables_alone() -> None:
+    """Ray accepts any misspelled key of a runtime_env in silence."""
+    keys = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "runtime_env":
+                assert isinstance(node.value, ast.Dict)
+                keys |= {ast.literal_eval(key) for key in node.value.keys if key}
+    assert keys == {"env_vars"}
