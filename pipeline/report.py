@@ -13,6 +13,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -364,6 +365,12 @@ def _signed(value: float) -> str:
 
 def page(found: dict[str, Any], pictures: dict[int, str]) -> str:
     """The report as a page; `pictures` are data: URIs by row."""
+    return template().render(r=found, pictures=pictures)
+
+
+@cache
+def template() -> jinja2.Template:
+    """report.html, compiled: that takes longer than filling it in."""
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {
         "shown": shown,
@@ -374,5 +381,4 @@ def page(found: dict[str, Any], pictures: dict[int, str]) -> str:
         "signed": _signed,
     }
     env.globals |= {"charts": charts}
-    template = env.from_string(resources.files("pipeline").joinpath("report.html").read_text("utf-8"))
-    return template.render(r=found, pictures=pictures)
+    return env.from_string(resources.files("pipeline").joinpath("report.html").read_text("utf-8"))
