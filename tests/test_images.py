@@ -19,52 +19,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from pipeline.images import MAX_BYTES, MAX_PIXELS, Undecodable, decode, header_px
-
-
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A smooth coloured picture, so that JPEG keeps it."""
-    y, x = np.mgrid[0:height, 0:width]
-    rgb = np.stack([x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), (x + y) % 256], axis=-1)
-    return Image.fromarray(rgb.astype(np.uint8)).convert(mode)
-
-
-def stored(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(width: int, height: int, bits: int = 1, body: bytes = b"", extra: bytes = b"") -> bytes:
-    """A PNG whose header says what it likes."""
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
-def black_png(side: int) -> bytes:
-    """A valid 1-bit PNG of side x side px, some kB long."""
-    squeeze = zlib.compressobj(1)
-    row = bytes(1 + (side + 7) // 8)
-    return png(side, side, 1, b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush())
-
-
-def jpeg_with_size(width: int, height: int) -> bytes:
-    """A small JPEG whose frame header states another size."""
-    data = bytearray(stored(picture(16, 16), "JPEG"))
-    at = data.index(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-def scan_bomb(side: int, scans: int) -> bytes:
-    """A progressive JPEG that repeats its last scan."""
-    data = stored(picture(side, side), "JPEG", progressive=True)
-    last = data.rindex(b"\xff\xda")
-    return data[:last] + data[last:-2] * scans + data[-2:]
-
+from tests.corpus_samples import black_png, chunk, jpeg_with_size, picture, png, scan_bomb, stored
 
 GOOD = {
     "jpeg": stored(picture(40, 30), "JPEG"),
