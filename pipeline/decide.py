@@ -137,7 +137,7 @@ class ShowProblems:
     """problems/: every damaged sample or shard that reading, decoding or the vectors showed."""
 
     name: ClassVar[str] = "show_problems"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
 
@@ -148,14 +148,13 @@ class ShowProblems:
         shards = labels.given["shards"]
         tables = [_labelled(piece, shard) for piece, shard in zip(problems.pieces(), shards, strict=True)]
         seen = [rows.pieces(["problem", "detail"]) for rows in evidence]
-        for listed, shard in zip(samples.pieces(["key"]), shards, strict=True):
+        for listed, shard in zip(samples.pieces(["key", "image"]), shards, strict=True):
             found = [next(pieces) for pieces in seen]
             if found:
                 problem = pc.coalesce(*(f.column("problem") for f in found))
                 detail = pc.coalesce(*(f.column("detail") for f in found))
-                lines = pa.table(
-                    [listed.column("key"), pa.nulls(listed.num_rows, pa.int64()), problem, detail], schema=PROBLEMS
-                )
+                offset = pc.struct_field(listed.column("image"), "offset")
+                lines = pa.table([listed.column("key"), offset, problem, detail], schema=PROBLEMS)
                 tables.append(_labelled(lines.filter(pc.is_valid(problem)), shard))
         return Made({}, exports={labels.given["path"]: parquet_file(pa.concat_tables(tables))})
 

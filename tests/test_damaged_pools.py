@@ -128,7 +128,7 @@ def test_every_tar_amounts_to_its_truth(tars: tuple[Written, dict[str, corpus.Ca
         assert [(x["key"], x["reason"]) for x in lines if x["key"] is not None] == refused, case.name
         faults = [x for x in lines if x["key"] is None]
         assert [x["reason"] for x in faults] == list(case.faults), case.name
-        assert all(x["offset"] is not None and x["detail"] for x in faults), case.name
+        assert all(x["offset"] is not None and x["detail"] for x in lines), case.name
 
 
 def test_no_sample_of_a_damaged_tar_is_lost_without_a_fault_of_its_shard(
@@ -164,7 +164,7 @@ def test_every_image_and_text_amounts_to_its_truth(samples: tuple[Written, dict[
         rows, lines = written.of(shard)
         assert [(r["key"], r["problem"]) for r in rows] == [(s.key, s.problem) for s in truth]
         assert sorted((x["key"], x["reason"]) for x in lines) == sorted((s.key, s.problem) for s in truth if s.problem)
-        assert all(x["detail"] for x in lines)
+        assert all(x["offset"] is not None and x["detail"] for x in lines)
         assert all((r["score_tiny"] is None) == bool(r["problem"]) for r in rows)
 
 
