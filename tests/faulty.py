@@ -34,6 +34,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "latency": OPERATIONS,
     "short read": READS,
     "flipped bit": READS + WRITES,
+    "short write": WRITES,
     "torn write": WRITES,
     "torn write, disk full": WRITES,
     "disk full": WRITES,
@@ -143,7 +144,8 @@ class FaultyMemory(MemoryFileSystem):  # type: ignore[misc]
                 raise OSError(errno.ENOSPC, "No space left on device")
             raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
-        self._through(operation, path, lambda: put(data), torn=tear, flipped=lambda: put(flipped(data)))
+        how = {"short": lambda: put(data[:-1]), "torn": tear, "flipped": lambda: put(flipped(data))}
+        self._through(operation, path, lambda: put(data), **how)
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = self._through("info", path, lambda: super(FaultyMemory, self).info(path))

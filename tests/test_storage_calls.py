@@ -117,13 +117,13 @@ def test_a_short_read_is_not_taken_for_the_end_of_a_file(memory: type[FaultyMemo
         assert memory.plan.done and len(memory.plan.seen["cat_file"]) == 2
 
 
-@pytest.mark.parametrize("fault", ["short read", "flipped bit"])
+@pytest.mark.parametrize(("fault", "is_tagged"), [("short read", True), ("short read", False), ("flipped bit", True)])
 def test_a_file_of_the_pool_that_arrives_otherwise_than_the_store_tells_is_fetched_again(
-    memory: type[FaultyMemory], fault: str
+    memory: type[FaultyMemory], fault: str, is_tagged: bool
 ) -> None:
     root = Root("memory://pool")
     root.write("a.tar", b"x" * 1000)
-    etag = memory().info("/pool/a.tar")["ETag"].strip('"')
+    etag = memory().info("/pool/a.tar")["ETag"].strip('"') if is_tagged else ""
     unit = Unit("a.tar", {"tar": Source("memory://pool/a.tar", 1000, etag)})
     memory.plan = Plan("get_file", fault, 1)
     with UnitFiles(unit, Machine()) as files:
@@ -144,10 +144,22 @@ def test_an_etag_that_is_no_md5_is_believed_when_two_fetches_agree(memory: type[
     assert Root("memory://root").read("encrypted") == b"y" * 10
 
 
-def test_what_was_written_otherwise_is_written_again(memory: type[FaultyMemory]) -> None:
-    memory.plan = Plan("pipe_file", "flipped bit", 1)
-    Root("memory://root").write("f", b"abc" * 100)
-    assert memory.plan.done and Root("memory://root").read("f") == b"abc" * 100
+@pytest.mark.parametrize(("fault", "etag"), [("flipped bit", ""), ("short write", ""), ("short write", "no digest")])
+@pytest.mark.parametrize("operation", ["pipe_file", "put_file"])
+def test_what_was_written_otherwise_is_written_again(
+    memory: type[FaultyMemory], operation: str, fault: str, etag: str
+) -> None:
+    root = Root("memory://root")
+    memory.plan, memory.etag = Plan(operation, fault, 1), etag
+    try:
+        if operation == "pipe_file":
+            root.write("f", b"abc" * 100)
+        else:
+            with root.writing("f") as path:
+                path.write_bytes(b"abc" * 100)
+    finally:
+        memory.etag = ""
+    assert memory.plan.done and root.read("f") == b"abc" * 100
 
 
 def calls_of(do: Callable[[], Any]) -> list[str]:

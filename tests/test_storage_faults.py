@@ -41,6 +41,7 @@ PASSES = {
     "done twice",
     "lost acknowledgement",
     "short read",
+    "short write",
 }
 """Faults that no run may be given up for."""
 
