@@ -137,6 +137,7 @@ class Naive:
             with open(path, "wb") as file:
                 for block in range(20):
                     file.write(sha256(f"{number}/{block}".encode()).digest() * 2000)
+                    time.sleep(0.0005)
 
 
 def everything(directory: Path) -> dict[str, bytes]:
