@@ -7,6 +7,7 @@ is a function of the seed and the step, so a training that was stopped goes on t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter, deque
@@ -47,7 +48,7 @@ from pipeline.images import Undecodable, decode
 from pipeline.machine import Machine
 from pipeline.pool import Pool, list_units
 from pipeline.stage import Unit
-from pipeline.storage import UnitFiles
+from pipeline.storage import UnitFiles, redacted
 
 AHEAD = 2
 """Batches decoded while one is learned from."""
@@ -172,7 +173,7 @@ def list_pairs(data: Data, machine: Machine) -> Pairs:
         with UnitFiles(unit, machine) as files:
             rows += _shard_pairs(webdataset.read(files), number, data)
     if not rows:
-        raise UserError(f"recipe.data.path: no image-text pair in {data.path}")
+        raise UserError(f"recipe.data.path: no image-text pair in {redacted(data.path)}")
     return Pairs(units, rows, machine)
 
 
@@ -551,7 +552,8 @@ def _optimizer(network: Any, recipe: TrainRecipe) -> torch.optim.Optimizer:
 
 
 def _identity(recipe: TrainRecipe) -> str:
-    return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
+    """Stands for the recipe in a checkpoint, which others may load: a digest, since its path may hold a secret."""
+    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def _save_checkpoint(
