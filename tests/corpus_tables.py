@@ -252,6 +252,6 @@ def flipped_in_data(stored: bytes) -> bytes:
 
 
 def dictionary_bomb() -> bytes:
-    """A parquet file of some kB whose captions take 4 GiB: one of 1 MiB, 4,096 times."""
-    caption = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), pa.array(["x" * (1 << 20)]))
-    return parquet(pa.table({"text": caption}), row_group_size=4096, compression="zstd")
+    """A parquet file of some kB whose captions take 1.5 GiB: one of 1 MiB, 1,536 times."""
+    caption = pa.DictionaryArray.from_arrays(pa.array([0] * 1536, pa.int32()), pa.array(["x" * (1 << 20)]))
+    return parquet(pa.table({"text": caption}), compression="zstd")
