@@ -512,7 +512,8 @@ OURS = ("decisions", "select", "filtered", "parquet", "problems")
 
 
 def forget_others(run: Run, written: Exported) -> None:
-    """Remove files that an earlier run of another recipe left in the directory."""
+    """Remove what an earlier run of another recipe left in the directory, or one that was killed."""
+    run.directory.sweep((*OURS, "report"))
     for folder in OURS:
         for path in run.directory.list(folder):
             if path not in written:

@@ -331,6 +331,15 @@ class Root:
         except FileNotFoundError:
             return
 
+    def sweep(self, folders: Sequence[str]) -> None:
+        """Remove what killed processes left half written, here and below some folders; nobody may be writing there."""
+        if self._local:
+            left = [*self._local.glob(f"{TEMPORARY}*")]
+            for folder in folders:
+                left += (self._local / folder).rglob(f"{TEMPORARY}*")
+            for path in left:
+                path.unlink(missing_ok=True)
+
     @contextmanager
     def _temporary(self, target: Path) -> Iterator[Path]:
         temporary = target.parent / f"{TEMPORARY}{uuid.uuid4().hex}"

@@ -99,6 +99,14 @@ def test_a_large_file_that_could_not_be_finished_leaves_nothing(root: Root) -> N
     assert folder is None or [path.name for path in folder.iterdir()] == ["file"]
 
 
+def test_what_a_killed_process_left_half_written_is_swept_where_it_is_asked(tmp_path: Path) -> None:
+    root = Root(str(tmp_path))
+    for path in (".tmp-1", "ours/.tmp-2", "ours/deep/.tmp-3", "store/.tmp-4", "ours/kept"):
+        root.write(path, b"half")
+    root.sweep(("ours", "nowhere"))
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".tmp-4", "kept"]
+
+
 def test_a_file_that_is_still_being_written_is_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".tmp-0123").write_bytes(b"half")
     assert Root(str(tmp_path)).list() == {}
