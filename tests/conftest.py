@@ -1,4 +1,4 @@
-"""Hypothesis draws the same examples in every run, so that a red test is red everywhere; `explore` looks for new ones."""
+"""Hypothesis draws the same examples in every run: a red test is red everywhere. `explore` looks for new ones."""
 
 import os
 
