@@ -111,14 +111,17 @@ class FaultyMemory(MemoryFileSystem):  # type: ignore[misc]
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         def call() -> bytes:
-            return bytes(super(FaultyMemory, self).cat_file(path, start=start, end=end))
+            try:
+                return bytes(self.store[self._strip_protocol(path)].getvalue()[start:end])
+            except KeyError:
+                raise FileNotFoundError(path) from None
 
         found: bytes = self._through("cat_file", path, call, short=lambda: call()[:-1], flipped=lambda: flipped(call()))
         return found
 
     def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         def put(change: Callable[[bytes], bytes]) -> None:
-            Path(lpath).write_bytes(change(bytes(super(FaultyMemory, self).cat_file(rpath))))
+            Path(lpath).write_bytes(change(self.store[self._strip_protocol(rpath)].getvalue()))
 
         self._through(
             "get_file",
