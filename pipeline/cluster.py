@@ -115,7 +115,8 @@ def health(size_K: np.ndarray, objective: list[float]) -> dict[str, Any]:
         "size_median": float(np.median(live_L)) if n else 0.0,
         "size_max": int(live_L[-1]) if n else 0,
         "gini": round(gini, 6),
-        "objective": [round(v, 8) for v in objective],
+        # FAISS sums in float32, by thread: further digits differ between machines of one and of two threads.
+        "objective": [round(v, 4) for v in objective],
     }
 
 

@@ -175,7 +175,7 @@ def test_health_by_hand():
         "size_median": 3.0,
         "size_max": 4,
         "gini": 0.25,
-        "objective": [0.5, 0.12345679],
+        "objective": [0.5, 0.1235],
     }
     assert health(np.array([2, 2]), [])["gini"] == 0
     assert health(np.zeros(2, np.int64), [])["size_max"] == 0
