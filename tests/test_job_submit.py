@@ -29,7 +29,6 @@ BIN = Path(sys.executable).parent
 
 SCRIPT = """
 from pipeline.machine import Machine
-from tests.pools import datacomp_pool
 from pipeline.ray_executor import RayExecutor
 from toy_workers import Environment
 
@@ -42,7 +41,6 @@ print("answers", answers)
 SLEEPER = """
 import sys
 from pipeline.machine import Machine
-from tests.pools import datacomp_pool
 from pipeline.ray_executor import RayExecutor
 from tests.toy_workers import Fatal
 
