@@ -125,7 +125,7 @@ def container(group: dict[str, Any]) -> Any:
 
 
 def test_the_rayjob_has_only_fields_that_kuberay_knows() -> None:
-    jsonschema.Draft202012Validator(RAYJOB_SCHEMA).validate(RAYJOB)
+    assert list(jsonschema.Draft202012Validator(RAYJOB_SCHEMA).iter_errors(RAYJOB)) == []
 
 
 @pytest.mark.parametrize(

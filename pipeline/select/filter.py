@@ -231,9 +231,9 @@ def _verdict(checks: list[Check], rows: int) -> Verdict:
     for check in checks:
         key = check.key.removeprefix("columns.")
         failing[check.key] = failing.get(check.key, np.zeros(rows, bool)) | check.fails | check.missing
-        missing = check.missing & (reason == None)  # noqa: E711 (elementwise)
+        missing = check.missing & np.equal(reason, None)
         reason[missing] = f"missing_{key}"
-        fails = check.fails & (reason == None)  # noqa: E711
+        fails = check.fails & np.equal(reason, None)
         reason[fails] = check.key
         if check.value is not None:
             value[fails] = check.value[fails]
