@@ -226,15 +226,16 @@ def _column(columns: pa.Table, name: str, bounds: Column) -> list[Check]:
 
 def _verdict(checks: list[Check], rows: int) -> Verdict:
     reason = np.full(rows, None, object)
+    open_N = np.ones(rows, bool)  # rows without a reason yet
     value, threshold = np.full(rows, np.nan), np.full(rows, np.nan)
     failing: dict[str, np.ndarray] = {}
     for check in checks:
         key = check.key.removeprefix("columns.")
         failing[check.key] = failing.get(check.key, np.zeros(rows, bool)) | check.fails | check.missing
-        missing = check.missing & np.equal(reason, None)
+        missing, fails = check.missing & open_N, check.fails & ~check.missing & open_N
         reason[missing] = f"missing_{key}"
-        fails = check.fails & np.equal(reason, None)
         reason[fails] = check.key
+        open_N &= ~(missing | fails)
         if check.value is not None:
             value[fails] = check.value[fails]
             threshold[fails] = check.threshold
