@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test trust fast check clean
+.PHONY: install demo test trust bench fast check clean
 
 install: $(STAMP)
 
@@ -26,6 +26,11 @@ test: $(STAMP) check
 # Every goal of jobs/trust.py with its figure: hundreds of kills and storage faults, a cluster that loses a node.
 trust: $(STAMP)
 	$(BIN)/python -m jobs.trust
+
+# Against peers and the machine's limits: bench.json and bench.svg. Leave the machine alone meanwhile.
+bench: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python -m jobs.bench
 
 # The fast set alone.
 fast: $(STAMP)

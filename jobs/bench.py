@@ -1,0 +1,63 @@
+"""`make bench`, also `python -m jobs.bench`: pairsieve beside a peer or a physical limit, in the same run on the same data.
+
+Out: a line for each row as it is measured, bench.json with all of them, and bench.svg. Never a test: it fails on
+nothing but errors, and says which targets were missed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.benches.measure import Row
+from jobs.entry import DONE, main
+from pipeline.config import nearest
+from pipeline.errors import UserError
+
+BENCHES = (
+    *("decode", "embed", "kmeans", "assign", "duplicates", "quota", "cut"),
+    *("copy", "reshard", "driver", "demo", "memory", "scaling"),
+)
+"""Modules of jobs/benches, in the order in which they run; each has `measure(scratch: Path) -> Iterator[Row]`."""
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Which to measure; all by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.svg.")] = Path("."),
+) -> int:
+    """Measure against peers and limits; minutes on an otherwise idle machine."""
+    for name in names or ():
+        if name not in BENCHES:
+            raise UserError(f"bench: {name!r} is no bench{nearest(name, list(BENCHES))}")
+    rows: list[Row] = []
+    for name in names or BENCHES:
+        measure: Callable[[Path], Iterator[Row]] = import_module(f"jobs.benches.{name}").measure
+        with tempfile.TemporaryDirectory(prefix="pairsieve-bench-") as scratch:
+            for row in measure(Path(scratch)):
+                print(line(row), flush=True)
+                rows.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return DONE
+
+
+def line(row: Row) -> str:
+    """One row as text."""
+    state = "ok  " if row.ratio >= row.target else "MISS"
+    spread = f"{row.low:.2f}..{row.high:.2f} of {row.runs}"
+    return (
+        f"{state} {row.ratio:6.2f} (target {row.target:g}, {spread})  {row.name} | {row.against}: "
+        f"{row.ours:.4g} to {row.theirs:.4g} {row.unit}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main([bench]))

@@ -1,0 +1,1 @@
+"""One module for each part of the path that is measured; jobs/bench.py runs them."""
