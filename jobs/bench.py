@@ -1,4 +1,4 @@
-"""`make bench`, also `python -m jobs.bench`: pairsieve beside a peer or a physical limit, in the same run on the same data.
+"""`make bench`, also `python -m jobs.bench`: pairsieve beside a peer or a physical limit, in one run on the same data.
 
 Out: a line for each row as it is measured, bench.json with all of them, and bench.svg. Never a test: it fails on
 nothing but errors, and says which targets were missed.

@@ -123,8 +123,8 @@ def test_a_task_that_kills_its_process_three_times_is_named_and_the_rest_finishe
     assert isinstance(dead, Failure)
     assert dead.cause.startswith("worker died 3 times: ") and not dead.user
     assert answers == {n: float(n) for n in range(12) if n != 1}
-    # An answer that dies on its way with its process costs the task before, too: it is done again, and the fatal one once
-    # more. Hence the bounds.
+    # An answer that dies on its way with its process costs the task before, too: it is done again, and the fatal one
+    # once more. Hence the bounds.
     assert len(list(tmp_path.glob("die-1.0-*"))) in (3, 4)
     assert len(list(tmp_path.glob("die once-*"))) in (2, 3)
     assert len(list(tmp_path.glob("answer-*"))) <= 10 + 2, "a task was done twice that was not to blame"
