@@ -71,7 +71,9 @@ def test_a_run_whose_holder_lives_on_another_host_is_refused_by_name(store: Root
 
 
 @pytest.mark.parametrize(
-    ("host", "pid"), [("elsewhere", 1), (platform.node(), 2**22 + 1), (platform.node(), os.getpid())]
+    ("host", "pid"),
+    [("elsewhere", 1), (platform.node(), 2**22 + 1), (platform.node(), os.getpid())],
+    ids=["another host", "a process that is gone", "a process that took its id"],
 )
 def test_a_holder_that_gives_no_sign_of_life_is_followed(store: Root, tmp_path: Path, host: str, pid: int) -> None:
     directory = Root(str(tmp_path / "run"))
