@@ -13,7 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -140,8 +141,8 @@ def together(stages: Sequence[Embed], machine: Machine) -> Callable[..., list[Ma
         started: list[Callable[[], Float32s]] = []
 
         stored = clock.each("read", images(files, table.take(pa.array(wanted_M))))
-        framed = ahead(frame, stored, machine.decoders, 2 * machine.image_batch)
-        numbered = zip(wanted_M.tolist(), clock.each("frames", framed), strict=True)
+        framed = ahead(clock.work("decode", frame), stored, machine.decoders, 2 * machine.image_batch)
+        numbered = zip(wanted_M.tolist(), framed, strict=True)
         for batch in _batches(numbered, machine.image_batch, decoded, problems):
             with clock.on("image"):
                 stacked = {framing: np.stack([f[at] for f in batch]) for at, framing in enumerate(framings)}
@@ -162,7 +163,7 @@ def together(stages: Sequence[Embed], machine: Machine) -> Callable[..., list[Ma
             facts = {"rows": len(table), "embedded": int(ok_M.sum()), "dims": encoder.dims}
             made.append(Made({"vectors": vectors}, {**facts, "halved": encoder.halved - before}))
         log.info("%d of %d rows embedded by %d models; %s", len(decoded), len(table), len(encoders), clock)
-        return made
+        return [replace(made[0], seconds=clock.phases()), *made[1:]]
 
     return function
 
@@ -290,10 +291,11 @@ def _table(
 
 
 class Clock:
-    """Where the time of one unit went: seconds by what was waited for, as one line of the log."""
+    """Where the time of one unit went, by phase (costs.PHASES): waited for, but decoding in seconds of its threads."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._lock = Lock()
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
@@ -311,6 +313,22 @@ class Clock:
                     return
             yield value
 
+    def work(self, what: str, do: Callable[[T], R]) -> Callable[[T], R]:
+        """The same function, which may run in threads; what counts is the processor's time."""
+
+        def timed(value: T) -> R:
+            start = time.thread_time()
+            result = do(value)
+            spent = time.thread_time() - start
+            with self._lock:
+                self.seconds[what] += spent
+            return result
+
+        return timed
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of what embedding consists of."""
+        return {what: self.seconds[what] for what in ("read", "decode", "image", "text")}
+
     def __str__(self) -> str:
-        spent = {**self.seconds, "decode": self.seconds["frames"] - self.seconds["read"]}
-        return ", ".join(f"{what} {spent.get(what, 0):.2f} s" for what in ("read", "decode", "image", "text"))
+        return ", ".join(f"{what} {spent:.2f} s" for what, spent in self.phases().items())

@@ -26,12 +26,14 @@ class Made:
         buckets: None, or a number of destinations: the tables then have an int32 column `to` in [0, buckets), and are
             stored so that each destination's rows can be read alone (Dataset.shuffled).
         exports: path below the run directory -> what writes that file at a local path; for stages of Run.export.
+        seconds: where the time went (costs.PHASES); told to who watches the run, and in no file but times.json.
     """
 
     tables: dict[str, pa.Table]
     facts: dict[str, Any] = field(default_factory=dict)
     buckets: int | None = None
     exports: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Rows(Protocol):

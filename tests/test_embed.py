@@ -6,6 +6,7 @@ import io
 import logging
 import tarfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pipeline.arrow import unfixed, valid
-from pipeline.embed import Embed, ahead, embed, framer, together
+from pipeline.embed import Clock, Embed, ahead, embed, framer, together
 from pipeline.encode import Encoder, Framing, numerics, resolve
 from pipeline.formats import webdataset
 from pipeline.machine import Machine
@@ -311,6 +312,26 @@ def test_the_log_says_where_the_time_went_and_nothing_of_the_samples(
     (line,) = caplog.messages
     assert line.startswith("7 of 11 rows embedded by 1 models; read 0.")
     assert all(word in line for word in ("decode ", "image ", "text "))
+
+
+@pytest.mark.parametrize("decoders", [0, 2])
+def test_the_first_of_what_is_made_tells_the_seconds_of_each_phase(
+    decoders: int, unit: tuple[Any, ...], weights: dict[str, Path]
+) -> None:
+    machine = MACHINE.model_copy(update={"decoders": decoders})
+    first, *others = together([stage(weights, arch) for arch in weights], machine)(*unit)
+    assert list(first.seconds) == ["read", "decode", "image", "text"]
+    assert min(first.seconds.values()) > 0
+    assert not any(made.seconds for made in others)
+
+
+def test_decoding_is_timed_by_the_processor_whichever_thread_does_it() -> None:
+    clock = Clock()
+    assert (
+        list(ahead(clock.work("decode", lambda value: time.sleep(0.05) or sum(range(value))), [9] * 4, 2, 4))
+        == [36] * 4
+    )
+    assert 0 < clock.phases()["decode"] < 0.1  # asleep is not at work
 
 
 def test_images_without_bytes_are_missing() -> None:

@@ -12,7 +12,7 @@ MODULES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
-VALUES = {"schema", "errors", "vectors", "machine", "config", "arrow", "stage"}
+VALUES = {"schema", "errors", "vectors", "machine", "config", "arrow", "stage", "costs"}
 STORAGE = {"storage", "executor", "ray_executor", "parts", "lease"}
 RUN = {"run"}
 KERNELS = {"exact", "kmeans", "images", "formats.tar"}

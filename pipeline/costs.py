@@ -1,0 +1,43 @@
+"""What work takes: seconds by phase in, what bounds it out; hours, bytes and requests in, money out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+PHASES = ("read", "decode", "image", "text", "write")
+"""Of embedding a unit: seconds of the worker's own thread, but `decode`: processor seconds wherever they were spent."""
+
+
+def bound(seconds: Mapping[str, float], workers: int, decoders: int) -> tuple[str, int]:
+    """What embedding waits for most, and how many more cores would help it.
+
+    The model: a worker reads and runs the image tower in turn while its decoders decode beside it; captions and writing
+    follow. So its units take max(read + image, decode / decoders) + text + write, or the sum of all without decoders.
+    What is done in the shadow of something longer bounds nothing. More cores help until decoding is in the shadow of
+    reading and the image tower; from there on only more workers do.
+
+    Args:
+        seconds: of all workers, by phase (PHASES); a phase that is missing took none.
+        workers: that the seconds are of, at least 1.
+        decoders: threads that decode beside each worker; 0: it decodes in line.
+
+    Returns:
+        `reading`, `decoding`, `forward passes` or `writing`, the earlier among equals; and the cores to add in all.
+    """
+    read, decode, image, text, write = (seconds.get(phase, 0.0) for phase in PHASES)
+    beside = read + image
+    waited = {"reading": read, "decoding": decode, "forward passes": image + text, "writing": write}
+    if decoders and decode / decoders > beside:
+        waited |= {"reading": 0.0, "decoding": decode / decoders, "forward passes": text}
+    elif decoders:
+        waited["decoding"] = 0.0
+    needed = math.ceil(decode / beside) if beside else decoders + (decode > 0)
+    return max(waited, key=lambda name: waited[name]), max(0, needed - decoders) * workers
+
+
+def verdict(seconds: Mapping[str, float], workers: int, decoders: int) -> str:
+    """`bound` as a line for people."""
+    name, more_cores = bound(seconds, workers, decoders)
+    cores = f"{more_cores} more core{'s' if more_cores > 1 else ''} to decode would help" if more_cores else ""
+    return f"bound by {name}; {cores or 'more cores to decode would not help'}"
