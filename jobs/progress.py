@@ -20,16 +20,20 @@ class Bar:
     def __init__(self) -> None:
         columns = [TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn()]
         times = [TextColumn("{task.fields[rows]:,} rows"), TimeElapsedColumn(), TimeRemainingColumn()]
-        self._progress = Progress(*columns, *times, console=Console(stderr=True), transient=True)
+        remark = TextColumn("{task.fields[remark]}")
+        self._progress = Progress(*columns, *times, remark, console=Console(stderr=True), transient=True)
 
     def start(self, stage: str, done: int, total: int) -> None:
         self._rows = 0
-        self._task = self._progress.add_task(stage, completed=done, total=total, rows=0)
+        self._task = self._progress.add_task(stage, completed=done, total=total, rows=0, remark="")
         self._progress.start()
 
     def advance(self, rows: int) -> None:
         self._rows += rows
         self._progress.update(self._task, advance=1, rows=self._rows)
+
+    def remark(self, text: str) -> None:
+        self._progress.update(self._task, remark=text)
 
     def stop(self) -> None:
         self._progress.stop()
@@ -37,20 +41,27 @@ class Bar:
 
 
 class Lines:
-    """A line for each stage every INTERVAL_S (run.Progress)."""
+    """A line for each stage every so many seconds (run.Progress)."""
+
+    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+        self._interval_s = interval_s
 
     def start(self, stage: str, done: int, total: int) -> None:
-        self._stage, self._done, self._total, self._rows = stage, done, total, 0
+        self._stage, self._done, self._total, self._rows, self._remark = stage, done, total, 0, ""
         self._started = self._said = time.monotonic()
 
     def advance(self, rows: int) -> None:
         self._done += 1
         self._rows += rows
         now = time.monotonic()
-        if now - self._said >= INTERVAL_S:
+        if now - self._said >= self._interval_s:
             rate = self._rows / (now - self._started)
-            log.info("%s: %d of %d parts, %d rows, %.0f rows/s", self._stage, self._done, self._total, self._rows, rate)
+            counts = (self._stage, self._done, self._total, self._rows, rate)
+            log.info("%s: %d of %d parts, %d rows, %.0f rows/s%s", *counts, self._remark)
             self._said = now
+
+    def remark(self, text: str) -> None:
+        self._remark = f"; {text}"
 
     def stop(self) -> None:
         return

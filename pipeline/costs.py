@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 PHASES = ("read", "decode", "image", "text", "write")
 """Of embedding a unit: seconds of the worker's own thread, but `decode`: processor seconds wherever they were spent."""
@@ -41,3 +42,33 @@ def verdict(seconds: Mapping[str, float], workers: int, decoders: int) -> str:
     name, more_cores = bound(seconds, workers, decoders)
     cores = f"{more_cores} more core{'s' if more_cores > 1 else ''} to decode would help" if more_cores else ""
     return f"bound by {name}; {cores or 'more cores to decode would not help'}"
+
+
+@dataclass(frozen=True)
+class Took:
+    """What one task took.
+
+    Attributes:
+        worker: stands for the process that did it.
+        seconds: from its start to its end.
+        phases: of them, by phase (PHASES), where something was embedded.
+    """
+
+    worker: str
+    seconds: float
+    phases: Mapping[str, float]
+
+
+@dataclass
+class Spent:
+    """What the tasks of a stage have taken so far."""
+
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    workers: set[str] = field(default_factory=set)
+
+    def add(self, took: Took) -> None:
+        self.seconds += took.seconds
+        self.workers.add(took.worker)
+        for phase, seconds in took.phases.items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds

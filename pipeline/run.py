@@ -18,7 +18,10 @@ import hashlib
 import io
 import json
 import logging
+import os
+import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -28,6 +31,7 @@ from typing import Any, Protocol, TypeVar, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.costs import Spent, Took, verdict
 from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
@@ -134,6 +138,14 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Done:
+    """What came of a task: its receipts, and what it took, which differs each time and enters no record."""
+
+    receipts: list[Receipt]
+    took: Took
+
+
+@dataclass(frozen=True)
 class Ask:
     """A question about a worker rather than a part to make."""
 
@@ -162,10 +174,19 @@ class _Bench:
         self.store = Root(worker.store, worker.machine.storage_options)
         self.directory = Root(worker.directory, worker.machine.storage_options)
         self.built: dict[str, Any] = {}
+        self.phases: defaultdict[str, float] = defaultdict(float)
 
     def do(self, task: Task | Ask) -> Any:
         if isinstance(task, Ask):
             return task.question(self.machine)
+        started = time.perf_counter()
+        self.phases.clear()
+        receipts = self._receipts(task)
+        took = Took(f"{socket.gethostname()} {os.getpid()}", time.perf_counter() - started, dict(self.phases))
+        return Done(receipts, took)
+
+    def _receipts(self, task: Task) -> list[Receipt]:
+        started = time.perf_counter()
         with ExitStack() as stack:
             hashing = task.listing is not None
             files = [stack.enter_context(UnitFiles(unit, self.machine, hashing)) for unit in task.units]
@@ -176,6 +197,7 @@ class _Bench:
             known = [read_receipt(self.store, stage, key) for stage, key in zip(task.stages, keys, strict=True)]
             receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
             if task.after:
+                self.phases["read"] += time.perf_counter() - started
                 self._go_on(task, receipts[0], files)
             self.store.write(_listed(task.listing), sealed(keys))
             return receipts
@@ -199,10 +221,17 @@ class _Bench:
         rows = [StoredRows(self.store, part) for part in task.inputs]
         made = self._function(task.stages)(*([files] if task.many else files), *rows)
         results = made if isinstance(made, list) else [made]
-        return [
+        for result in results:
+            for phase, seconds in result.seconds.items():
+                self.phases[phase] += seconds
+        started = time.perf_counter()
+        receipts = [
             commit(self.store, self.directory, stage, cast(str, key), task.name, result, content)
             for stage, key, result in zip(task.stages, keys, results, strict=True)
         ]
+        if self.phases:
+            self.phases["write"] += time.perf_counter() - started
+        return receipts
 
     def _function(self, stages: tuple[Stage, ...]) -> Function:
         key = digest([stage_key(stage) for stage in stages])
@@ -313,6 +342,9 @@ class Progress(Protocol):
 
     def advance(self, rows: int) -> None: ...
 
+    def remark(self, text: str) -> None:
+        """What bounds the stage, as far as that is known."""
+
     def stop(self) -> None: ...
 
 
@@ -323,6 +355,9 @@ class Quiet:
         return
 
     def advance(self, rows: int) -> None:
+        return
+
+    def remark(self, text: str) -> None:
         return
 
     def stop(self) -> None:
@@ -339,7 +374,8 @@ class Run:
         executor: does the tasks.
         machine: how fast.
         progress: told about each stage.
-        times: one entry for each stage that had something to do: name, parts made, rows, seconds.
+        times: one entry for each stage that had something to do: name, parts made, rows, seconds; of its workers: how
+            many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
         numerics_class: of the embeddings, once they were asked for.
         segment_parts: loose receipts of one stage that are compacted into one object.
@@ -546,7 +582,7 @@ class Run:
         """Have tasks done; each result as it comes; at the end one error that names all that failed."""
         log.info("%s: %d done, %d to do", title, done, total - done)
         self.progress.start(title, done, total)
-        started, parts, rows = time.monotonic(), 0, 0
+        started, parts, rows, spent = time.monotonic(), 0, 0, Spent()
         names: list[str] = []
         loose: dict[str, list[Receipt]] = {}
 
@@ -562,24 +598,36 @@ class Run:
                     failed.append((names[position], result))
                     continue
                 parts += 1
-                made = sum(f["rows"] for r in result for f in r["files"].values())
+                made = sum(f["rows"] for r in result.receipts for f in r["files"].values())
                 rows += made
+                spent.add(result.took)
+                if "decode" in spent.phases:
+                    self.progress.remark(verdict(spent.phases, len(spent.workers), self.machine.decoders))
                 self.progress.advance(made)
-                for receipt in result:
+                for receipt in result.receipts:
                     stage = receipt["stage"]
                     loose.setdefault(stage, []).append(receipt)
                     if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
-                yield position, result
+                yield position, result.receipts
         finally:
             self.progress.stop()
         seconds = time.monotonic() - started
         self.times.append({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
+        self.times[-1] |= self._held(spent, gpu)
         log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
         if failed:
             record = [{"name": name, "cause": failure.cause} for name, failure in failed]
             self.store.write(_failed(title.partition(" ")[0]), canonical(record))
             raise _failure(title, failed)
+
+    def _held(self, spent: Spent, gpu: bool) -> dict[str, Any]:
+        """What workers held for a stage: each its threads and, where it embedded, its decoders; and its GPU."""
+        cores = self.machine.threads + (self.machine.decoders if spent.phases else 0)
+        gpus = int(gpu and self.numerics_class.get("device") == "cuda")
+        held = {"core_hours": spent.seconds * cores / 3600, "gpu_hours": spent.seconds * gpus / 3600}
+        phases = {phase: round(seconds, 3) for phase, seconds in spent.phases.items()}
+        return {"workers": len(spent.workers), **held} | ({"phases": phases} if phases else {})
 
     def _compact(self, stage: str, receipts: list[Receipt]) -> None:
         data = _pack(receipts)

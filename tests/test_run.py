@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from jobs.curate import executor_of
 from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Serial
 from pipeline.machine import Machine
@@ -27,10 +29,10 @@ from pipeline.parts import (
     to_parquet,
     to_shuffle,
 )
-from pipeline.run import Run, commit, sealed, stage_key, unsealed
+from pipeline.run import Quiet, Run, commit, sealed, stage_key, unsealed
 from pipeline.stage import Made, Source, Unit
 from pipeline.storage import Root
-from tests.toy_stages import Guess, Liar, Lines, Print, Scatter, Sum, Times
+from tests.toy_stages import Guess, Liar, Lines, Print, Scatter, Slow, Sum, Times
 
 
 def unit(path: Path, numbers: Sequence[int]) -> Unit:
@@ -79,6 +81,55 @@ def test_a_part_is_made_once_and_found_again(store: Root, tmp_path: Path) -> Non
     assert again.map(Times(2), again.read(Lines(), units)["numbers"])["products"] == doubled
     assert made(again) == []
     assert store.list() == there
+
+
+@dataclass
+class Remarks(Quiet):
+    """Remembers what it was told."""
+
+    remarks: list[str] = field(default_factory=list)
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
+
+
+@pytest.mark.parametrize("kind", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
+def test_times_tell_what_workers_held_and_the_progress_what_bounds_them(kind: str, tmp_path: Path) -> None:
+    machine = Machine(threads=1, workers=1, decoders=2)
+    progress = Remarks()
+    executor = executor_of(kind, machine)
+    try:
+        root = Root(str(tmp_path / "run"))
+        run = Run(Root(str(tmp_path / "store")), root, executor, machine, progress)
+        numbers = run.read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
+        run.map(Times(2), numbers)
+        assert progress.remarks == []
+        run.numerics_class = {"device": "cuda"}
+        run.map(Slow(2), numbers, gpu=True)
+    finally:
+        executor.close()
+    assert progress.remarks == ["bound by forward passes; more cores to decode would not help"] * 3
+    _, plain, slow = run.times
+    assert [entry["workers"] for entry in run.times] == [1, 1, 1]
+    assert "phases" not in plain
+    assert plain["gpu_hours"] == 0
+    assert 0 < plain["core_hours"] <= plain["seconds"] / 3600  # of one thread
+    write_s = slow["phases"].pop("write")
+    assert slow["phases"] == {"read": 3, "decode": 27, "image": 12, "text": 3}
+    assert 0 < write_s < slow["seconds"]
+    assert slow["core_hours"] == pytest.approx(3 * slow["gpu_hours"])  # its thread and two decoders
+    assert 0 < slow["gpu_hours"] <= slow["seconds"] / 3600
+
+
+def test_what_a_task_took_enters_no_record(tmp_path: Path) -> None:
+    stores = []
+    for at in range(2):
+        store = Root(str(tmp_path / f"store{at}"))
+        run = run_of(store, tmp_path / str(at))
+        run.map(Slow(2), run.read(Lines(), pool(tmp_path / "pool", 3))["numbers"])
+        stores.append({path: store.read(path) for path in store.list() if not path.startswith("listed/")})
+    assert stores[0] == stores[1]
+    assert not any(b"decode" in data for data in stores[0].values())
 
 
 def test_a_second_run_reads_no_shard(store: Root, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -62,6 +62,17 @@ class Guess(Times):
 
     name: ClassVar[str] = "guess"
     exact: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Slow(Times):
+    """The same, and tells where its time went, as embedding does."""
+
+    name: ClassVar[str] = "slow"
+
+    def build(self, machine: Machine) -> Function:
+        times = super().build(machine)
+        return lambda numbers: replace(times(numbers), seconds={"read": 1.0, "decode": 9.0, "image": 4.0, "text": 1.0})
 
 
 @dataclass(frozen=True)
