@@ -242,6 +242,20 @@ def _shortened(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, min(width, left + 4 * short), min(height, top + 4 * short)))
 
 
+def described(arch: str) -> tuple[Framing, int]:
+    """How an architecture's images are cut, by default, and D of its vectors, without any weights.
+
+    Raises:
+        UserError: open_clip does not know it.
+    """
+    config = open_clip.get_model_config(arch.replace("/", "-"))
+    if config is None:
+        raise UserError(f"arch: open_clip has no architecture {arch!r}{nearest(arch, open_clip.list_models())}")
+    size = config["vision_cfg"]["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return Framing((height, width), "bicubic", "shortest", 0), int(config["embed_dim"])
+
+
 class Encoder:
     """Both towers of one model on this worker's device, loaded once and used for any number of units.
 

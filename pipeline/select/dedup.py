@@ -226,11 +226,14 @@ class Dedup:
     def uses_columns(self) -> dict[str, pa.DataType]:
         return {}
 
+    def count(self, survivors: int) -> int:
+        """K for so many survivors."""
+        return self.clusters if self.clusters != "auto" else min(65_536, -(-survivors // 8000))
+
     def apply(self, step: Step) -> Outcome:
         if not step.survivors:
             return nobody(step)
-        k = self.clusters if self.clusters != "auto" else min(65_536, -(-step.survivors // 8000))
-        found = Clustering(k, self.sample_per_cluster, self.iterations, self.passes).fit(step, self.space)
+        found = Clustering(self.count(step.survivors), self.sample_per_cluster, self.iterations, self.passes).fit(step, self.space)
         compared = self.compare(step, found)
         groups = len(step.state)
         repeat = DropRepeats(step.number, self._min_cos)
