@@ -20,8 +20,7 @@ demo: $(STAMP)
 # All that CI runs.
 test: $(STAMP) check
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not browser and not ray and not slow'
-	$(BIN)/python -m pytest -m '(browser or ray or slow) and not campaign'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not campaign'
 
 # Every goal of jobs/trust.py with its figure: hundreds of kills and storage faults, a cluster that loses a node.
 trust: $(STAMP)
