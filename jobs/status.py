@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.entry import DONE, main
+from pipeline.costs import held_hours, size
 from pipeline.errors import UserError
 from pipeline.machine import load_machine
 from pipeline.status import status as status_of
@@ -38,6 +39,10 @@ def status(
     if found.times:
         seconds = sum(stage["seconds"] for stage in found.times["stages"])
         print(f"last finished run: {len(found.times['stages'])} stages computed in {seconds:,.1f} s")
+        core_hours, gpu_hours = held_hours(found.times["stages"])
+        stored, written = sum(found.times["stored_bytes"].values()), found.times["written_bytes"]
+        print(f"its workers held {core_hours:.3g} core-hours and {gpu_hours:.3g} GPU-hours")
+        print(f"it keeps {size(stored)} in its store and {size(written)} beside it")
     for holder in found.holders:
         print(f"running: {holder}")
     if not found.holders:

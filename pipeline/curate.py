@@ -454,7 +454,14 @@ def finish(
     lines = before.splitlines(keepends=True)
     same = b"".join(line for line in lines if b"  report/" not in line) == checksums(digests_of(written))
     if run.times or not same or run.directory.bytes("report/index.html") is None:
-        times = {"host": platform.node(), "python": platform.python_version(), "stages": run.times}
+        times = {
+            "host": platform.node(),
+            "python": platform.python_version(),
+            "stages": run.times,
+            "pool_bytes": sum(source.bytes for unit in pool.units for source in unit.sources.values()),
+            "stored_bytes": {stage: sum(sizes.values()) for stage, sizes in run.stored_bytes.items()},
+            "written_bytes": sum(file["bytes"] for file in written.values()),
+        }
         run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
         written |= write_report(run.directory, run.store, run.machine)
         before = checksums(digests_of(written))

@@ -14,6 +14,33 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import load_yaml, validate
 
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Prices(BaseModel):
+    """What the machine costs, for `plan` and the report. What costs nothing is 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    currency: str
+    cpu_core_hour: Price
+    gpu_hour: Price
+    storage_gb_month: Price
+    egress_gb: Price
+    """Of what is read from the pool: 0 inside its region."""
+    per_million_requests: Price
+
+
+class Rates(BaseModel):
+    """How fast a GPU embeds, for `plan` on a host that has none of the kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Who measured it, on what."""
+    images_per_s: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    """Images and their captions a second through both towers on one GPU, by open_clip's name of the architecture."""
+
 
 class Machine(BaseModel):
     """One kind of machine; a cluster is many of the same."""
@@ -41,6 +68,8 @@ class Machine(BaseModel):
     """fsspec options by protocol, for example {s3: {endpoint_url: ...}}. Secrets belong into the environment."""
     scratch: str | None = None
     """Folder for downloads and spills; null: the system's temporary folder."""
+    prices: Prices | None = None
+    rates: Rates | None = None
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

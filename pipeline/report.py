@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 
 from pipeline import charts
 from pipeline.control import controls
+from pipeline.costs import held_hours, money, size
 from pipeline.errors import PairsieveError, UserError
-from pipeline.machine import Machine
+from pipeline.machine import Machine, Prices
 from pipeline.pictures import (
     Seen,
     captions_of,
@@ -127,7 +128,7 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
         "control": {"stride": counted.drawn.stride, "pool": control["pool"]},
         "problems": _problems(directory),
         "planted": caught(told(directory, store, receipts), names) if receipts and has_planted(receipts) else None,
-        "times": _times(json.loads(directory.read("times.json"))),
+        "times": _times(json.loads(directory.read("times.json")), listed, machine.prices),
         "versions": about["versions"],
         "models": about["models"],
         "numerics": about["numerics"],
@@ -305,13 +306,14 @@ def _problems(directory: Root) -> dict[str, Any]:
     }
 
 
-def _times(times: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and rates of each stage that had something to do."""
+def _times(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[str, Any]:
+    """Seconds and rates of each stage that had something to do, and what the run took in all."""
     stages: dict[str, dict[str, Any]] = {}
     for entry in times["stages"]:
         stage = stages.setdefault(entry["stage"], {"stage": entry["stage"], "parts": 0, "rows": 0, "seconds": 0.0})
         for name in ("parts", "rows", "seconds"):
             stage[name] += entry[name]
+        stage |= {name: entry[name] for name in ("phases", "bound") if name in entry}
     for name, stage in stages.items():
         seconds = stage["seconds"]
         stage["rows_per_s"] = stage["rows"] / seconds if seconds else None
@@ -322,7 +324,31 @@ def _times(times: dict[str, Any]) -> dict[str, Any]:
         "host": times["host"],
         "stages": list(stages.values()),
         "seconds": sum(s["seconds"] for s in stages.values()),
+        "taken": _taken(times, listed, prices),
     }
+
+
+def _taken(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[str, Any]:
+    """Hours that workers held, also for a million samples of the pool; bytes; and money, where prices are stated."""
+    core_hours, gpu_hours = held_hours(times["stages"])
+    stored = times["stored_bytes"]
+    vectors = sum(size for stage, size in stored.items() if stage in ("embed", "precomputed"))
+    found: dict[str, Any] = {
+        "core_hours": core_hours,
+        "gpu_hours": gpu_hours,
+        "core_hours_per_million": 1e6 * core_hours / listed if listed else 0.0,
+        "gpu_hours_per_million": 1e6 * gpu_hours / listed if listed else 0.0,
+        "pool_bytes": times["pool_bytes"],
+        "vector_bytes": vectors,
+        "stored_bytes": sum(stored.values()),
+        "written_bytes": times["written_bytes"],
+    }
+    if prices:
+        kept = found["stored_bytes"] + found["written_bytes"]
+        read = any(entry["stage"] == "read" for entry in times["stages"])
+        cost = money(prices, core_hours, gpu_hours, kept, found["pool_bytes"] if read else 0)
+        found["money"] = {"currency": prices.currency, "total": sum(cost.values()), **cost}
+    return found
 
 
 HIDDEN = {
@@ -378,6 +404,7 @@ def template() -> jinja2.Template:
         "percent": _percent,
         "figure": _figure,
         "exact": _exact,
+        "size": size,
         "signed": _signed,
     }
     env.globals |= {"charts": charts}

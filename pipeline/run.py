@@ -392,6 +392,8 @@ class Run:
     segment_parts: int = SEGMENT_PARTS
     manifests: dict[str, str] = field(default_factory=dict)
     """Path -> sha256 of those known to be there and whole."""
+    stored_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Stage -> manifest -> bytes of the files that it names."""
 
     def numerics(self, question: Callable[[Machine], T]) -> T:
         """What a worker with a GPU, if there is one, computes forward passes with; kept for the run's record."""
@@ -602,7 +604,7 @@ class Run:
                 rows += made
                 spent.add(result.took)
                 if "decode" in spent.phases:
-                    self.progress.remark(verdict(spent.phases, len(spent.workers), self.machine.decoders))
+                    self.progress.remark(self._verdict(spent))
                 self.progress.advance(made)
                 for receipt in result.receipts:
                     stage = receipt["stage"]
@@ -627,7 +629,13 @@ class Run:
         gpus = int(gpu and self.numerics_class.get("device") == "cuda")
         held = {"core_hours": spent.seconds * cores / 3600, "gpu_hours": spent.seconds * gpus / 3600}
         phases = {phase: round(seconds, 3) for phase, seconds in spent.phases.items()}
-        return {"workers": len(spent.workers), **held} | ({"phases": phases} if phases else {})
+        found = {"workers": len(spent.workers), **held}
+        if "decode" in phases:
+            return found | {"phases": phases, "bound": self._verdict(spent)}
+        return found
+
+    def _verdict(self, spent: Spent) -> str:
+        return verdict(spent.phases, len(spent.workers), self.machine.decoders)
 
     def _compact(self, stage: str, receipts: list[Receipt]) -> None:
         data = _pack(receipts)
@@ -644,6 +652,8 @@ class Run:
             self.store.write(path, data)
             self.manifests[path] = _sha256(data)
         self.store.delete(_failed(stage.name))
+        sizes = (file["bytes"] for k in keys for file in found[k]["files"].values())
+        self.stored_bytes.setdefault(stage.name, {})[path] = sum(sizes)
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
         facts = {k: _facts(found[k]) for k in keys}  # one text for all outputs: a pool has 10^6 of them
