@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -19,18 +18,18 @@ from pipeline.errors import SchemaError
 from pipeline.machine import Machine
 from pipeline.parts import to_parquet
 from pipeline.schema import ALIVE, PROBLEM, PROBLEMS
-from pipeline.stage import Function, Made, Rows
+from pipeline.stage import Function, Made, Rows, Sink
 from pipeline.step import table_numbers, table_texts
 
 READ = "00-read"
 """The step that drops rows with a problem."""
 
 
-def parquet_file(table: pa.Table, bloom: Sequence[str] = ()) -> Callable[[Path], None]:
+def parquet_file(table: pa.Table, bloom: Sequence[str] = ()) -> Callable[[Sink], None]:
     """What writes a table as a parquet file."""
 
-    def write(path: Path) -> None:
-        path.write_bytes(to_parquet(table, bloom))
+    def write(out: Sink) -> None:
+        out.write(to_parquet(table, bloom))
 
     return write
 

@@ -25,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import pyarrow as pa
@@ -36,8 +35,8 @@ from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
-from pipeline.stage import Function, Made, Stage, Unit
-from pipeline.storage import Root, UnitFiles, scheme_of, sha256_file
+from pipeline.stage import Function, Made, Sink, Stage, Unit
+from pipeline.storage import HashedFile, Root, UnitFiles, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -324,11 +323,12 @@ def commit(
     return first
 
 
-def export(directory: Root, path: str, write: Callable[[Path], None]) -> dict[str, Any]:
+def export(directory: Root, path: str, write: Callable[[Sink], object]) -> dict[str, Any]:
     """Publish one file of the run directory; its digest and length."""
     with directory.writing(path) as local:
-        write(local)
-        return {"sha256": sha256_file(local), "bytes": local.stat().st_size}
+        with HashedFile(local) as file:
+            write(file)
+        return {"sha256": file.sha256, "bytes": file.bytes}
 
 
 def _sha256(data: bytes) -> str:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa
 
 from pipeline.machine import Machine
+
+
+class Sink(Protocol):
+    """A file being written."""
+
+    def write(self, data: bytes) -> object:
+        """Append to it."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,14 @@ class Made:
         facts: JSON values (counts, totals); deterministic, a few hundred bytes.
         buckets: None, or a number of destinations: the tables then have an int32 column `to` in [0, buckets), and are
             stored so that each destination's rows can be read alone (Dataset.shuffled).
-        exports: path below the run directory -> what writes that file at a local path; for stages of Run.export.
+        exports: path below the run directory -> what writes that file's bytes, in order; for stages of Run.export.
         seconds: where the time went (costs.PHASES); told to who watches the run, and in no file but times.json.
     """
 
     tables: dict[str, pa.Table]
     facts: dict[str, Any] = field(default_factory=dict)
     buckets: int | None = None
-    exports: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    exports: dict[str, Callable[[Sink], object]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 

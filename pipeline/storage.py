@@ -412,6 +412,35 @@ def _write_synced(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
+class HashedFile:
+    """A new local file, hashed as it is written: reading it again would cost as much as writing it.
+
+    Attributes:
+        bytes: written so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.bytes = 0
+        self._digest = hashlib.sha256()
+        self._file = open(path, "wb")  # noqa: SIM115
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written so far."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        self.bytes += len(data)
+        self._digest.update(data)
+        return self._file.write(data)
+
+
 class UnitFiles:
     """The files of one unit (stage.Files), downloaded and decompressed when asked for, removed when closed."""
 

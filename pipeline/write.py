@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.arrow import hex_column, unfixed
 from pipeline.decide import parquet_file
@@ -24,12 +24,12 @@ from pipeline.parts import Dataset
 from pipeline.pool import FORMATS
 from pipeline.run import Run
 from pipeline.schema import SAMPLES
-from pipeline.stage import Files, Function, Made, Rows
+from pipeline.stage import Files, Function, Made, Rows, Sink
 from pipeline.state import alive
 from pipeline.vectors import uid_words
 
-GAP_BYTES = 1 << 14
-"""Ranges of a tar that lie closer than this are read as one."""
+GAP_BYTES, RUN_BYTES = 1 << 14, 1 << 26
+"""Ranges of a tar that lie closer than this are read as one, of this length at most."""
 
 SUBSET = np.dtype("u8,u8")
 SUBSET_BUCKET_ROWS = 1 << 22
@@ -192,13 +192,12 @@ class WriteTar:
             [None] * table.num_rows if not self.annotate else _notes(table, self.models, _clusters(assign, kept, at))
         )
 
-        def tar(path: Path) -> None:
-            with open(path, "wb") as out:
-                first = 0
-                for unit, rows, names in zip(kept, taken, keys, strict=True):
-                    copy_members(files[unit.at], rows, names, notes[first : first + len(names)], out)
-                    first += len(names)
-                out.write(END)
+        def tar(out: Sink) -> None:
+            first = 0
+            for unit, rows, names in zip(kept, taken, keys, strict=True):
+                copy_members(files[unit.at], rows, names, notes[first : first + len(names)], out)
+                first += len(names)
+            out.write(END)
 
         stem = f"filtered/{at['number']:08d}"
         counts = {"count": table.num_rows, "successes": table.num_rows, "failed_to_download": 0, "failed_to_resize": 0}
@@ -208,13 +207,9 @@ class WriteTar:
             exports={
                 f"{stem}.tar": tar,
                 f"{stem}.parquet": parquet_file(table),
-                f"{stem}_stats.json": lambda path: _put(path, stats),
+                f"{stem}_stats.json": lambda out: out.write(stats),
             },
         )
-
-
-def _put(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _prefixed(keys: Sequence[str], prefix: str) -> list[str]:
@@ -242,7 +237,7 @@ def unique_keys(keys: Sequence[Sequence[str]], stems: Sequence[str]) -> list[lis
 
 
 def copy_members(
-    files: Files, samples: pa.Table, keys: Sequence[str], notes: Sequence[dict[str, Any] | None], out: IO[bytes]
+    files: Files, samples: pa.Table, keys: Sequence[str], notes: Sequence[dict[str, Any] | None], out: Sink
 ) -> None:
     """Write the members of some rows of one unit, byte for byte, under their new keys.
 
@@ -253,36 +248,57 @@ def copy_members(
         notes: what is added to the .json of each; None leaves it as it is.
         out: the tar being written.
     """
-    members = [m for row in samples.column("members").to_pylist() for m in row]
-    data = member_bytes(files, [(m["offset"], m["offset"] + m["bytes"]) for m in members])
-    for old, new, note, row in zip(
-        samples.column("key").to_pylist(), keys, notes, samples.column("members").to_pylist(), strict=True
-    ):
-        for member in row:
-            body = next(data)
-            if note is not None and member["name"][len(old) :].lower() == ".json":
-                body = _annotated(body, note)
-            out.write(member_header(new + member["name"][len(old) :], len(body)))
-            out.write(body)
-            out.write(padding(len(body)))
+    members = samples.column("members").combine_chunks()
+    row_M = np.repeat(np.arange(len(samples)), members.value_lengths())
+    name, offset, length = members.flatten().flatten()
+    old = samples.column("key").to_pylist()
+    starts, stops = offset.to_pylist(), pc.add(offset, length).to_pylist()
+    suffixes = [(row, full[len(old[row]) :]) for row, full in zip(row_M.tolist(), name.to_pylist(), strict=True)]
+    for run, block in blocks(files, starts, stops):
+        pieces: list[bytes | memoryview] = []
+        for at in run:
+            row, suffix = suffixes[at]
+            body: bytes | memoryview = block[starts[at] - starts[run[0]] : stops[at] - starts[run[0]]]
+            note = notes[row]
+            if note is not None and suffix.lower() == ".json":
+                body = _annotated(bytes(body), note)
+            pieces += (member_header(keys[row] + suffix, len(body)), body, padding(len(body)))
+        out.write(b"".join(pieces))
+
+
+def blocks(files: Files, starts: Sequence[int], stops: Sequence[int]) -> Iterator[tuple[range, memoryview]]:
+    """The bytes of ranges of a tar; neighbours that lie close together are read at once.
+
+    Args:
+        files: of the unit.
+        starts, stops: of each range.
+
+    Yields:
+        Positions of neighbours, and the bytes from the first one's start to the last one's stop.
+
+    Raises:
+        OSError: the tar has fewer bytes than when it was listed.
+    """
+    runs: list[range] = []
+    for at, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if runs and 0 <= start - stops[at - 1] <= GAP_BYTES and stop - starts[runs[-1].start] <= RUN_BYTES:
+            runs[-1] = range(runs[-1].start, at + 1)
+        else:
+            runs.append(range(at, at + 1))
+    stored = files.read("tar", [(starts[run[0]], stops[run[-1]]) for run in runs])
+    for run, block in zip(runs, stored, strict=True):
+        due = stops[run[-1]] - starts[run[0]]
+        if len(block) != due:
+            raise OSError(f"{len(block)} of {due} bytes at {starts[run[0]]}: the tar is not as it was read")
+        yield run, memoryview(block)
 
 
 def member_bytes(files: Files, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes of each range; neighbours that lie close together are read at once."""
-    runs: list[list[tuple[int, int]]] = []
-    for start, stop in ranges:
-        if runs and 0 <= start - runs[-1][-1][1] <= GAP_BYTES and stop - runs[-1][0][0] <= 1 << 26:
-            runs[-1].append((start, stop))
-        else:
-            runs.append([(start, stop)])
-    blocks = files.read("tar", [(run[0][0], run[-1][1]) for run in runs])
-    for run, block in zip(runs, blocks, strict=True):
-        if len(block) != run[-1][1] - run[0][0]:
-            raise OSError(
-                f"{len(block)} of {run[-1][1] - run[0][0]} bytes at {run[0][0]}: the tar is not as it was read"
-            )
-        for start, stop in run:
-            yield block[start - run[0][0] : stop - run[0][0]]
+    """The bytes of each range, read as `blocks` does."""
+    starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+    for run, block in blocks(files, starts, stops):
+        for at in run:
+            yield bytes(block[starts[at] - starts[run[0]] : stops[at] - starts[run[0]]])
 
 
 def _annotated(body: bytes, note: dict[str, Any]) -> bytes:
@@ -411,12 +427,11 @@ class WriteSubset:
     def write(self, uids: Rows) -> Made:
         total = sum(uids.lengths)
 
-        def subset(path: Path) -> None:
-            with open(path, "wb") as out:
-                header = {"descr": np.lib.format.dtype_to_descr(SUBSET), "fortran_order": False, "shape": (total,)}
-                np.lib.format.write_array_header_1_0(out, header)
-                for piece in uids.pieces():
-                    out.write(unfixed(piece.column("uid"), ">u8").astype("<u8").tobytes())
+        def subset(out: Sink) -> None:
+            header = {"descr": np.lib.format.dtype_to_descr(SUBSET), "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for piece in uids.pieces():
+                out.write(unfixed(piece.column("uid"), ">u8").astype("<u8").tobytes())
 
         return Made({}, exports={"subset.npy": subset})
 

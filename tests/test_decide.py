@@ -36,7 +36,8 @@ def state():
 def written(made, folder):
     """The one file that a stage exports, as written."""
     [(path, write)] = made.exports.items()
-    write(folder / "x.parquet")
+    with open(folder / "x.parquet", "wb") as out:
+        write(out)
     return path, pq.read_table(folder / "x.parquet")
 
 

@@ -226,7 +226,7 @@ def test_a_racing_attempt_that_may_differ_discards_its_bytes(store: Root, tmp_pa
 
 def test_a_racing_export_with_other_bytes_is_an_alarm(store: Root, tmp_path: Path) -> None:
     directory = Root(str(tmp_path / "run"))
-    mine, other = (Made({}, exports={"f": lambda path, n=n: path.write_text(n) and None}) for n in "12")
+    mine, other = (Made({}, exports={"f": lambda out, n=n: out.write(n.encode())}) for n in "12")
     commit(store, directory, Print(), "a" * 32, "000.txt", mine, None)
     with pytest.raises(RunError, match=r"two attempts at 000.txt wrote different bytes"):
         commit(store, directory, Print(), "a" * 32, "000.txt", other, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import uuid
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.storage import Root, redacted, scheme_of, sha256_of
+from pipeline.storage import HashedFile, Root, redacted, scheme_of, sha256_of
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -121,3 +122,11 @@ def test_other_schemes_are_refused(url: str) -> None:
 def test_secrets_of_a_url_are_not_shown() -> None:
     assert redacted("https://me:secret@host/path?token=1#x") == "https://host/path"
     assert redacted("/a/local?path") == "/a/local?path"
+
+
+def test_a_file_is_hashed_as_it_is_written(tmp_path: Path) -> None:
+    with HashedFile(tmp_path / "f") as file:
+        file.write(b"one ")
+        file.write(b"two")
+    assert (tmp_path / "f").read_bytes() == b"one two"
+    assert (file.sha256, file.bytes) == (hashlib.sha256(b"one two").hexdigest(), 7)

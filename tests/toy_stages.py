@@ -128,7 +128,7 @@ class Print:
     def print(self, numbers: Rows) -> Made:
         values = numbers.table().column("number").to_pylist()
         text = "".join(f"{value}\n" for value in values)
-        return Made({}, exports={f"printed/{values[0]}.txt": lambda path: _put(path, text)})
+        return Made({}, exports={f"printed/{values[0]}.txt": lambda out: out.write(text.encode())})
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,3 @@ class Liar(Sum):
 
     def sum(self, numbers: Rows) -> Made:
         return Made({"other": pa.table({"sum": [0]})})
-
-
-def _put(path: Path, text: str) -> None:
-    path.write_text(text)

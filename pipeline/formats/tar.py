@@ -372,4 +372,7 @@ def _ustar(name: bytes, kind: bytes, count: int, mtime: int) -> bytes:
     owner = b"0000000\0"
     head = name.ljust(100, b"\0") + b"0000644\0" + owner * 2 + size + b"%011o\0" % mtime
     tail = kind + b"\0" * 100 + b"ustar\00000" + b"\0" * 247
-    return head + b"%06o\0 " % sum(head + b" " * 8 + tail) + tail
+    # The checksum counts itself as 8 spaces. A header of ours sums to less than 65,521, where Adler-32's lower half is
+    # 1 + the sum of the bytes.
+    checksum = (zlib.adler32(head + b" " * 8 + tail) & 0xFFFF) - 1
+    return head + b"%06o\0 " % checksum + tail

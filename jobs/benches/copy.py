@@ -1,0 +1,118 @@
+"""The kept 30% of 2 GB of tars: our write stage, as it runs in a run, against `cp` of as many bytes and webdataset.
+
+Everything lies in memory (/dev/shm, where there is one): what is measured is the work, not the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from jobs.benches.measure import Row, paired, seconds
+from pipeline.curate import curate
+from pipeline.formats.tar import END, member_header, padding, walk
+from pipeline.formats.webdataset import split
+from pipeline.machine import Machine
+from pipeline.ray_executor import RayExecutor
+from pipeline.recipe import recipe_of
+from pipeline.run import Run
+from pipeline.storage import Root
+
+SHARDS, SAMPLES, IMAGE_BYTES = 8, 10_000, 25_000
+"""img2dataset's shards, of images as heavy as the web's at 256 px: 2 GB."""
+
+KEEP = 0.3
+RUNS, PEER_RUNS = 5, 3
+MACHINE = Machine(threads=1, workers=2)
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Rates of kept bytes."""
+    memory = Path("/dev/shm")
+    executor = RayExecutor(MACHINE, "local")
+    try:
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else scratch) as folder:
+            yield from _measure(Path(folder), executor)
+    finally:
+        executor.close()
+
+
+def _measure(folder: Path, executor: RayExecutor) -> Iterator[Row]:
+    pool, filtered = folder / "pool", folder / "run" / "filtered"
+    write_pool(pool)
+    recipe = recipe_of(
+        {
+            "pool": {"format": "webdataset", "path": str(pool)},
+            "select": [{"random": {"keep": KEEP}}],
+            "write": {"formats": ["webdataset"]},
+        }
+    )
+
+    def write() -> float:
+        """Seconds of the write stage in a run that has decided, and lost its output."""
+        for file in filtered.glob("*"):
+            file.unlink()
+        run = Run(Root(str(folder / "run" / "store")), Root(str(folder / "run")), executor, MACHINE)
+        curate(run, recipe)
+        return next(float(stage["seconds"]) for stage in run.times if stage["stage"] == "write_tar")
+
+    def cp() -> float:
+        shutil.rmtree(folder / "cp", ignore_errors=True)
+        return seconds(lambda: subprocess.run(["cp", "-r", str(filtered), str(folder / "cp")], check=True))
+
+    def peer() -> float:
+        shutil.rmtree(folder / "peer", ignore_errors=True)
+        (folder / "peer").mkdir()
+        return seconds(lambda: webdataset_copy(pool, kept, folder / "peer"))
+
+    write(), cp()
+    kept_mb = sum(file.stat().st_size for file in filtered.glob("*")) / 1e6
+    kept = {key for tar in filtered.glob("*.tar") for key in keys_of(tar)}
+    name = f"copy: {KEEP:.0%} of {SHARDS * SAMPLES:,} samples in tars, digests included, 2 Ray workers"
+    pairs = [(kept_mb / write(), kept_mb / cp()) for _ in range(RUNS)]
+    yield paired(name, "cp of the kept bytes", 0.25, "MB/s", pairs)
+    pairs = [(kept_mb / write(), kept_mb / peer()) for _ in range(PEER_RUNS)]
+    yield paired(name, "webdataset read, ShardWriter", 8, "MB/s", pairs)
+
+
+def write_pool(folder: Path) -> None:
+    """Tars in img2dataset's layout whose images are noise; the same bytes each time."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        noise = random.bytes(2 * IMAGE_BYTES)
+        lengths = random.integers(IMAGE_BYTES // 2, IMAGE_BYTES * 3 // 2, SAMPLES)
+        with open(folder / f"{shard:05d}.tar", "wb") as tar:
+            for row, length in enumerate(lengths.tolist()):
+                key, caption = f"{shard:05d}{row:04d}", f"sample {row} of shard {shard}"
+                fields = {"caption": caption, "key": key, "width": 256, "height": 256, "status": "success"}
+                members = {
+                    "jpg": b"%d " % row + noise[row : row + length],
+                    "txt": caption.encode(),
+                    "json": json.dumps(fields, indent=4).encode(),
+                }
+                for suffix, data in members.items():
+                    tar.write(member_header(f"{key}.{suffix}", len(data), 1) + data + padding(len(data)))
+            tar.write(END)
+
+
+def keys_of(tar: Path) -> set[str]:
+    """The key of every member."""
+    with open(tar, "rb") as file:
+        return {split(member.name)[0] for member in walk(file, tar.stat().st_size).members}
+
+
+def webdataset_copy(pool: Path, kept: set[str], out: Path) -> None:
+    """The same selection as webdataset's users make it; nothing is decoded or encoded."""
+    urls = [str(tar) for tar in sorted(pool.glob("*.tar"))]
+    samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).select(lambda s: s["__key__"] in kept)
+    with webdataset.ShardWriter(f"{out}/%08d.tar", maxcount=SAMPLES, maxsize=1e12, encoder=False, verbose=0) as writer:
+        for sample in samples:
+            writer.write(sample)
