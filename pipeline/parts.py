@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -174,7 +174,7 @@ def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:
     Wide binary columns are vectors: they do not compress, and their minimum and maximum mean nothing.
     """
     wide = {f.name for f in table.schema if pa.types.is_fixed_size_binary(f.type) and f.type.byte_width > 32}
-    leaves = [c.path for c in _leaves(table.schema)]
+    leaves = _leaves(table.schema)
     out = io.BytesIO()
     pq.write_table(
         table,
@@ -189,11 +189,13 @@ def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:
     return out.getvalue()
 
 
-def _leaves(schema: pa.Schema) -> list[Any]:
+@lru_cache
+def _leaves(schema: pa.Schema) -> tuple[str, ...]:
+    """Path of every column as parquet has them; asked of parquet, which costs as much as to write a small part."""
     out = io.BytesIO()
     pq.write_table(schema.empty_table(), out)
     parquet = pq.ParquetFile(io.BytesIO(out.getvalue())).schema
-    return [parquet.column(i) for i in range(len(parquet))]
+    return tuple(parquet.column(i).path for i in range(len(parquet)))
 
 
 def to_shuffle(table: pa.Table, buckets: int) -> bytes:

@@ -125,7 +125,7 @@ def test_a_finished_run_is_found_again_without_reading_parts_or_pool(
     assert [path for paths in memory.plan.seen.values() for path in paths if "/parts/" in path] == []
     assert sum(calls.values()) <= units / 1000 + 20, calls
     record_property(
-        "figure", f"{units} units, 2 stages: {sum(calls.values())} calls, 0 of parts or pool, {seconds:.1f} s"
+        "figure", f"{units:,} units, 2 stages, again: {sum(calls.values())} calls, 0 to parts or pool, {seconds:.1f} s"
     )
 
 
