@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs import curate, doctor, entry, explain, gc, report, sample, status, train_filter, verify
+from jobs import curate, doctor, entry, explain, gc, plan, report, sample, status, train_filter, verify
 
 COMMANDS = (
     curate.run,
+    plan.plan,
     explain.explain,
     verify.verify,
     report.report,

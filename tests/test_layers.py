@@ -17,7 +17,7 @@ STORAGE = {"storage", "executor", "ray_executor", "parts", "lease"}
 RUN = {"run"}
 KERNELS = {"exact", "kmeans", "images", "formats.tar"}
 TOP = {
-    "curate", "recipe", "record", "verify", "explain", "gc", "status", "doctor", "sample", "train",
+    "curate", "plan", "probe", "recipe", "record", "verify", "explain", "gc", "status", "doctor", "sample", "train",
     "report", "tally", "control", "pictures", "planted", "charts",
 }  # fmt: skip
 """All other modules are stages."""
