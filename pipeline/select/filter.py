@@ -5,7 +5,7 @@ Source: DataComp's basic filter (arXiv:2304.14108, appendix; methods.md 5.3), wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -93,6 +93,10 @@ class Filter:
         ):
             raise ValueError("filter needs at least one bound")
         return self
+
+    @property
+    def reads(self) -> Sequence[str]:
+        return ("caption", "width", "height", "original_width", "original_height")
 
     def uses_columns(self) -> dict[str, pa.DataType]:
         """Metadata columns that the step reads, and their type in the decisions."""

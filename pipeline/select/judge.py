@@ -7,7 +7,7 @@ Verdict. Where such rules lead a recipe, the rows they drop are spared the embed
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -24,6 +24,13 @@ from pipeline.step import Step
 
 class RowRule(Protocol):
     """The shape of a rule that judges rows one at a time."""
+
+    @property
+    def reads(self) -> Sequence[str]:
+        """Columns of schema.SAMPLES that it looks at."""
+
+    def uses_columns(self) -> dict[str, pa.DataType]:
+        """Metadata columns of the pool that it looks at, and their type in the decisions."""
 
     def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
         """Load what is needed once per worker."""
@@ -51,7 +58,11 @@ class Judge:
 
         def run(samples: Rows, columns: Rows, state: Rows) -> Made:
             before = state.table()
-            verdicts = [judge(s, c) for s, c in zip(samples.pieces(), columns.pieces(), strict=True)]
+            seen = samples.pieces(self.rule.reads)
+            if self.rule.uses_columns():
+                verdicts = [judge(s, c) for s, c in zip(seen, columns.pieces(), strict=True)]
+            else:
+                verdicts = [judge(s, s.select([])) for s in seen]
             alive_N = alive(before)
             reason = pa.concat_arrays([v.reason for v in verdicts])
             after = drop(

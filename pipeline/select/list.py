@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
-from pipeline.arrow import hexes
+from pipeline.arrow import unfixed
 from pipeline.errors import UserError
 from pipeline.formats.metadata import open_parquet, plain
 from pipeline.machine import Machine
@@ -26,8 +27,10 @@ from pipeline.select.judge import judged
 from pipeline.state import Verdict
 from pipeline.step import RULE, Outcome, Step
 from pipeline.storage import Root, redacted
+from pipeline.vectors import Bools, Uint64s, uid_words
 
 SUBSET = np.dtype("u8,u8")
+UID = re.compile("[0-9a-fA-F]{32}")
 
 
 @dataclass(frozen=True, config=RULE)
@@ -67,6 +70,10 @@ class List:
             raise UserError(f"list: {redacted(self.url)} has sha256 {found}, the recipe says {self.sha256}")
         return replace(self, sha256=found)
 
+    @property
+    def reads(self) -> Sequence[str]:
+        return (self.on,)
+
     def uses_columns(self) -> dict[str, pa.DataType]:
         return {}
 
@@ -78,7 +85,11 @@ class List:
         denying = self.deny is not None
 
         def judge(samples: pa.Table, columns: pa.Table) -> Verdict:
-            there = np.isin(fingerprints(_values(samples, self.on), self.on), listed)
+            column = samples.column(self.on)
+            words = (
+                uid_words(unfixed(column, np.uint8)) if self.on == "uid" else fingerprints(column.to_pylist(), self.on)
+            )
+            there = among(words, listed)
             drop = pa.array(there if denying else ~there)
             reason = pc.if_else(drop, "denied" if denying else "not_allowed", pa.scalar(None, pa.string()))
             nothing = pa.nulls(samples.num_rows, pa.float64())
@@ -87,16 +98,37 @@ class List:
         return judge
 
 
-def members(data: bytes, url: str, on: str) -> np.ndarray:
-    """Sorted fingerprints of what a list names.
+Words: TypeAlias = tuple[Uint64s, Uint64s]
+"""Of each value: uint64 (N,), twice. A uid is its own two words; any other value has those of its digest."""
+
+
+def among(words: Words, listed: Words) -> Bools:
+    """bool (N,): whether each value is in a list.
+
+    Args:
+        words: of the values.
+        listed: of the list, in order; a value may be there several times.
+    """
+    # Values in order walk the list once instead of jumping about in it: 4 times faster where it is larger than a cache.
+    order_N = np.argsort(words[0])
+    (high_N, low_N), (high_M, low_M) = (word[order_N] for word in words), listed
+    there_N = np.zeros(len(order_N), np.bool_)
+    at_N = np.searchsorted(high_M, high_N)
+    # Words of a list hardly ever share their first half, but may.
+    row = np.arange(len(order_N))
+    while len(row := row[at_N[row] < len(high_M)]) and len(row := row[high_M[at_N[row]] == high_N[row]]):
+        there_N[order_N[row[low_M[at_N[row]] == low_N[row]]]] = True
+        at_N[row] += 1
+    return there_N
+
+
+def members(data: bytes, url: str, on: str) -> Words:
+    """What a list names, in order.
 
     Args:
         data: the file.
         url: its name; the ending tells its kind.
         on: the column of a parquet file.
-
-    Returns:
-        S16 (M,).
 
     Raises:
         UserError: the file is not what its name says, or lacks the column.
@@ -107,35 +139,45 @@ def members(data: bytes, url: str, on: str) -> np.ndarray:
             pairs = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
             if pairs.dtype != SUBSET or on != "uid":
                 raise UserError(f"{where}: a .npy list holds u8,u8 uids (found {pairs.dtype}) and needs `on: uid`")
-            return np.sort(fingerprints([f"{a:016x}{b:016x}" for a, b in pairs.tolist()], on))
+            return _ordered((pairs["f0"].ravel(), pairs["f1"].ravel()))
         if url.endswith(".parquet"):
             with open_parquet(data) as file:
                 if on not in file.schema_arrow.names:
                     raise UserError(f"{where}: no column '{on}'; it has {file.schema_arrow.names}")
                 column = plain(file.read([on], use_threads=False)).column(on)
-            return np.sort(fingerprints(column.cast(pa.string()).drop_null().to_pylist(), on))
-        return np.sort(fingerprints([line.strip() for line in data.decode("utf-8").splitlines() if line.strip()], on))
+            texts = column.cast(pa.string()).drop_null().to_pylist()
+        else:
+            texts = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
+        return _ordered(_uids(texts) if on == "uid" else fingerprints(texts, on))
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from None
 
 
-def fingerprints(values: list[str | None], on: str) -> np.ndarray:
-    """16 bytes that stand for each text, whatever its length; S16 (N,). Null has one that no list holds.
+def _uids(texts: Sequence[str]) -> Words:
+    """Their words; what is not 32 hex digits is no uid, and names nobody."""
+    return uid_words(bytes.fromhex("".join(text for text in texts if UID.fullmatch(text))))
 
-    Digests are hex, so that their case means nothing; that of a url or a key does. The last byte of a fingerprint is
-    odd, because numpy strips zero bytes from the end of S16.
+
+def _ordered(words: Words) -> Words:
+    high_M, low_M = words
+    order_M = np.lexsort((low_M, high_M))
+    return high_M[order_M], low_M[order_M]
+
+
+def fingerprints(values: Sequence[str | None], on: str) -> Words:
+    """Two words that stand for each text, whatever its length. Null has some that no list holds.
+
+    Digests are hex, so that their case means nothing; that of a url or a key does.
+
+    Args:
+        values: any texts.
+        on: what they are, but for uids.
     """
     out = bytearray()
-    any_case = on in ("uid", "sha256")
     for value in values:
-        text = value.lower() if value and any_case else value
-        digest = hashlib.sha256(b"\0null" if text is None else text.encode("utf-8", "replace")).digest()
-        out += digest[:15] + bytes([digest[15] | 1])
-    return np.frombuffer(bytes(out), "S16")
-
-
-def _values(samples: pa.Table, on: str) -> list[str | None]:
-    return hexes(samples.column("uid")) if on == "uid" else samples.column(on).to_pylist()
+        text = value.lower() if value and on == "sha256" else value
+        out += hashlib.sha256(b"\0null" if text is None else text.encode("utf-8", "replace")).digest()[:16]
+    return uid_words(bytes(out))
 
 
 def _read(url: str, machine: Machine) -> bytes:

@@ -6,14 +6,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.run import stage_key
 from pipeline.select.judge import Judge
-from pipeline.select.list import List, fingerprints
+from pipeline.select.list import List, among, fingerprints
 from tests import steps
 
+WORD = st.sampled_from([0, 1, 2, 2**64 - 1])
 UIDS = [f"{n:032x}" for n in (1, 2, 0xAB << 120)]
 ROWS = [
     {"uid": bytes.fromhex(uid), "key": key, "url": url, "sha256": sha}
@@ -140,9 +143,23 @@ def test_a_list_needs_one_of_deny_and_allow(names):
 
 def test_fingerprints_are_one_for_each_text():
     texts = [None, "", "a", "A", *map(str, range(3000))]
-    assert len(set(fingerprints(texts, "url").tolist())) == len(texts)
-    assert len(set(fingerprints(texts, "uid").tolist())) == len(texts) - 1
-    assert all(len(f) == 16 for f in fingerprints(texts, "url").tolist())
+    for on, different in (("url", len(texts)), ("sha256", len(texts) - 1)):
+        high, low = fingerprints(texts, on)
+        assert high.dtype == low.dtype == np.uint64 and len(high) == len(low) == len(texts)
+        assert len(set(zip(high.tolist(), low.tolist(), strict=True))) == different
+
+
+@given(st.lists(st.tuples(WORD, WORD)), st.lists(st.tuples(WORD, WORD)))
+def test_members_are_found_also_where_words_share_their_first_half(values, listed):
+    def words(pairs):
+        return tuple(np.array([pair[side] for pair in pairs], np.uint64) for side in (0, 1))
+
+    assert among(words(values), words(sorted(listed))).tolist() == [value in listed for value in values]
+
+
+def test_what_is_no_uid_names_nobody(tmp_path):
+    url = text(tmp_path / "l.txt", "ab", UIDS[1] + "00", UIDS[1][:-1] + "g", UIDS[0])
+    assert reasons(List(deny=url)) == ["denied", None, None]
 
 
 def test_the_step_drops_what_the_list_names_among_the_survivors(tmp_path):

@@ -1,0 +1,119 @@
+"""DataComp's resharding on the metadata of 10M uids: which rows a subset.npy names, by our list step and by np.isin.
+
+Both read their uids from disk. Each runs in a process of its own, so that its peak memory can be told: ours reads
+unit after unit, np.isin has to hold all uids at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds
+from pipeline.executor import Serial
+from pipeline.machine import Machine
+from pipeline.parts import given
+from pipeline.pool import Pool, list_units
+from pipeline.ray_executor import RayExecutor
+from pipeline.read import Read
+from pipeline.run import Run
+from pipeline.schema import GROUP_UNITS
+from pipeline.select.list import List
+from pipeline.state import Begin
+from pipeline.step import Step
+from pipeline.storage import Root
+
+SHARDS, ROWS = 1024, 10_000
+SMALL = GROUP_UNITS
+NAMED = 0.3
+RUNS = 3
+MACHINE = Machine(threads=1, workers=2)
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Rates of rows, and the peak memory of ours for a small and the large pool."""
+    write_pool(scratch / "pool")
+    executor = RayExecutor(MACHINE, "local")
+    try:
+        select(scratch, SHARDS, 0, Run(Root(str(scratch / "store")), Root(str(scratch)), executor, MACHINE))
+    finally:
+        executor.close()
+    rows = SHARDS * ROWS
+    pairs, memory_mb = [], []
+    for number in range(1, RUNS + 1):
+        own_s, own_mb = alone(list_step, scratch, SHARDS, number)
+        other_s, other_mb = alone(isin, scratch, SHARDS, number)
+        pairs.append((rows / own_s / 1e6, rows / other_s / 1e6))
+        memory_mb.append((alone(list_step, scratch, SMALL, number)[1], own_mb))
+    name = f"reshard: {rows / 1e6:.0f}M uids against a subset of {NAMED:.0%}, one core"
+    yield paired(name, f"np.isin (which took {other_mb:.0f} MB)", 1, "M rows/s", pairs)
+    yield paired(f"reshard: peak memory for {SMALL * ROWS / 1e6:.1f}M uids", "for all", 0.9, "MB", memory_mb)
+
+
+def write_pool(folder: Path) -> None:
+    """Metadata in DataComp's layout with random uids, and some subsets of them."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    named: list[list[np.ndarray]] = [[] for _ in range(RUNS + 1)]
+    for shard in range(SHARDS):
+        uid_N = random.integers(0, 256, (ROWS, 16), np.uint8)
+        digits, ends = uid_N.tobytes().hex().encode(), np.arange(0, 32 * ROWS + 1, 32, dtype=np.int32)
+        table = {
+            "uid": pa.StringArray.from_buffers(ROWS, pa.py_buffer(ends), pa.py_buffer(digits)),
+            "url": [f"https://example.org/{row}.jpg" for row in range(ROWS)],
+            "text": [f"caption number {row}" for row in range(ROWS)],
+        }
+        pq.write_table(pa.table(table), folder / f"{shard:08d}.parquet")
+        for subset in named:
+            subset.append(uid_N[random.random(ROWS) < NAMED])
+    for number, subset in enumerate(named):
+        pair_M = np.concatenate(subset).view(">u8").astype("<u8").view("u8,u8").ravel()
+        np.save(folder.parent / f"subset-{number}.npy", pair_M[np.lexsort((pair_M["f1"], pair_M["f0"]))])
+
+
+def alone(work: Callable[[Path, int, int], tuple[float, float]], *of: object) -> tuple[float, float]:
+    """Seconds and peak MB of work in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(work, *of).result()  # type: ignore[arg-type]
+
+
+def list_step(scratch: Path, shards: int, number: int) -> tuple[float, float]:
+    """Our step over a pool that has been read."""
+    run = Run(Root(str(scratch / "store")), Root(str(scratch)), Serial(), MACHINE)
+    return select(scratch, shards, number, run), peak_rss_bytes() / 1e6
+
+
+def select(scratch: Path, shards: int, number: int, run: Run) -> float:
+    """Seconds of the list step; what goes before it is found, or made."""
+    units = list_units(Pool("datacomp", str(scratch / "pool")), {})[:shards]
+    read = run.read(Read("datacomp"), units)
+    samples, columns = (read[name].grouped(GROUP_UNITS) for name in ("samples", "columns"))
+    state = run.map(Begin(), samples)["state"]
+    places = given([{"first_unit": i * GROUP_UNITS, "group": i} for i in range(len(samples))])
+    step = Step(1, "01-list", 0, run, samples, columns, {}, state, places, samples.num_rows)
+    rule = List(allow=str(scratch / f"subset-{number}.npy")).pinned(MACHINE)
+    return seconds(lambda: rule.apply(step))
+
+
+def isin(scratch: Path, shards: int, number: int) -> tuple[float, float]:
+    """np.isin over the uids as they come from the metadata, all at once: the faster way, which sorts the list once."""
+
+    def join() -> np.ndarray:
+        paths = sorted((scratch / "pool").glob("*.parquet"))[:shards]
+        uid_N = np.concatenate([hexes(pq.read_table(path, columns=["uid"]).column(0)) for path in paths])
+        pair_M = np.load(scratch / f"subset-{number}.npy")
+        listed_M = np.frombuffer(pair_M.view("<u8").astype(">u8").tobytes().hex().encode(), "S32")
+        return np.isin(uid_N, listed_M)
+
+    return seconds(join), peak_rss_bytes() / 1e6
+
+
+def hexes(column: pa.ChunkedArray) -> np.ndarray:
+    """S32 (N,), without a copy."""
+    return np.frombuffer(column.combine_chunks().buffers()[2], "S32", len(column))
