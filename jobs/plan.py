@@ -41,7 +41,7 @@ def plan(
 
 def show(planned: Plan) -> None:
     """Print the work, and what is read and stored."""
-    table = Table("work", "core-hours", "GPU-hours", "hours", box=None, pad_edge=False)
+    table = Table("work", "of cores", "of GPUs", "from start to end", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for line in planned.lines:
@@ -70,19 +70,23 @@ def show_money(planned: Plan, prices: Prices) -> None:
 
 
 def assumed(planned: Plan) -> list[str]:
-    """What the figures take for granted."""
-    found = []
+    """What the figures say beside themselves, and what they take for granted."""
+    found = [f"embed: {planned.bound}"] if planned.bound else []
     for line in planned.lines:
         if line.serial_hours:
-            found.append(f"{line.name}: {figure(line.serial_hours)} of its hours are k-means on one worker")
+            alone = f"{figure(line.serial_hours)} in which one worker trains k-means, in {size(line.serial_bytes)}"
+            found.append(f"{line.name}: {alone} of memory")
     if planned.unpredictable:
         found.append(f"what {', '.join(planned.unpredictable)} will drop is not known: counted as nothing")
-    return [*found, "all workers are busy to the end, and nobody pays for one that waits"]
+    return [*found, "all workers are busy to the end; machines that wait, and failures, are not counted"]
 
 
-def figure(amount: float) -> str:
-    """Three digits."""
-    return "0" if not amount else f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"
+def figure(hours: float) -> str:
+    """Three digits, and the unit that suits."""
+    for amount, unit in ((hours, "h"), (60 * hours, "min")):
+        if amount >= 1:
+            return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
+    return f"{3600 * hours:.3g} s"
 
 
 if __name__ == "__main__":

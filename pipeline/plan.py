@@ -8,10 +8,10 @@ evenly and nothing is lost is assumed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS
-from pipeline.costs import embedding_seconds
+from pipeline.costs import embedding_seconds, verdict
 from pipeline.recipe import Network, Recipe, Rule
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.cut import Cut
@@ -131,6 +131,7 @@ class Line:
         core_hours, gpu_hours: that its workers hold.
         hours: from its start to its end.
         serial_hours: of them, those of a single worker.
+        serial_bytes: that it holds in memory.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Line:
     gpu_hours: float
     hours: float
     serial_hours: float = 0.0
+    serial_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ class Plan:
         read_bytes: from the pool.
         stored: what is written, in bytes by kind.
         requests: to storage.
+        bound: what bounds embedding (costs.verdict); empty where nothing is embedded.
     """
 
     rows: int
@@ -163,6 +166,7 @@ class Plan:
     read_bytes: float
     stored: Mapping[str, float]
     requests: float
+    bound: str
 
     @property
     def core_hours(self) -> float:
@@ -193,8 +197,10 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
         name: 2 * facts.dims[name] * len(model.sides) * (embedded if name in networks else usable)
         for name, model in recipe.models.items()
     }
+    bound = ""
     if networks:
         each = {**speeds.embed_s, "decode": speeds.decode_s * row_bytes}
+        bound = verdict(each, capacity.gpus or capacity.workers, capacity.decoders)
         lines.append(_embedding(embedded * embedding_seconds(each, capacity.decoders), capacity))
     if len(networks) < len(recipe.models):
         own = sum(size for name, size in vector_bytes.items() if name not in networks)
@@ -204,7 +210,8 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
     for number, (kind, rule) in enumerate(recipe.select, 1):
         name = f"{number:02d}-{kind}"
         shared, serial = _step_seconds(rule, alive, facts, speeds)
-        lines.append(_line(name, shared, capacity, serial))
+        held = 4 * facts.dims[owner(rule)] * sample_rows(rule, alive) if isinstance(rule, (Dedup, Density)) else 0
+        lines.append(replace(_line(name, shared, capacity, serial), serial_bytes=held))
         vector = 2 * facts.dims[owner(rule)] if isinstance(rule, Dedup) else 0
         step_bytes += alive * (ENTERED[type(rule)].bytes + vector)
         left = _left(rule, alive, facts, number)
@@ -223,7 +230,7 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
     }
     read_bytes = facts.pool_bytes + copied
     requests = _requests(recipe, facts, len(networks), alive)
-    return Plan(facts.rows, embedded, alive, tuple(unpredictable), tuple(lines), read_bytes, stored, requests)
+    return Plan(facts.rows, embedded, alive, tuple(unpredictable), tuple(lines), read_bytes, stored, requests, bound)
 
 
 def sample_rows(rule: Dedup | Density, alive: int) -> int:

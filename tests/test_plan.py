@@ -1,0 +1,311 @@
+"""plan: the arithmetic by hand, what it finds of a pool, and the command as a user sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.cli import main
+from jobs.plan import figure
+from pipeline.costs import money, size
+from pipeline.errors import UserError
+from pipeline.machine import Machine, Prices, Rates
+from pipeline.plan import ENTERED, KEPT, LISTED, PASS_S, Capacity, Facts, Line, Plan, Speeds, predict, sample_rows
+from pipeline.probe import probe
+from pipeline.recipe import recipe_of
+from pipeline.select.dedup import Dedup
+from pipeline.select.density import Density
+from tests.pools import datacomp_pool, webdataset_pool
+
+FACTS = Facts(
+    rows=1000,
+    shards=2,
+    pool_bytes=1_000_000,
+    files=2,
+    usable=0.9,
+    listing_bytes=100,
+    passing={1: 0.5},
+    dims={"m": 10},
+)
+SPEEDS = Speeds(
+    read_s=1e-3,
+    embed_s={"read": 1.0, "image": 2.0, "text": 1.0, "write": 1.0},
+    decode_s=0.012,  # 12 s for each of the pool's 1000 bytes to a row
+    write_s=1e-2,
+    train=100.0,
+    assign=1000.0,
+    compare=500.0,
+)
+GPUS = Capacity(workers=2, gpus=4, threads=3, decoders=2)
+PRICES = Prices(
+    currency="EUR", cpu_core_hour=0.5, gpu_hour=2, storage_gb_month=0.02, egress_gb=0.1, per_million_requests=5
+)
+
+
+def recipe(*select: dict[str, Any], **more: Any) -> Any:
+    plain = {"pool": {"format": "webdataset", "path": "nowhere"}, "models": {"m": {"weights": "tiny"}}}
+    return recipe_of({**plain, "select": list(select), **more})
+
+
+def line(plan: Plan, name: str) -> Line:
+    return next(line for line in plan.lines if line.name == name)
+
+
+def test_reading_and_embedding_by_hand() -> None:
+    plan = predict(recipe({"filter": {"min_words": 2}}), FACTS, SPEEDS, GPUS)
+    # 10^6 bytes at a millisecond each, by two workers of three cores.
+    assert line(plan, "read") == Line("read", 1000 * 3 / 3600, 0.0, 500 / 3600)
+    # 900 can be used, the filter ahead leaves 450. Two decoders take 6 s for 12, in the shadow of which 1 + 2 s of
+    # reading and images; then 1 s of text and 1 s of writing: 8 s each, one hour in all.
+    assert plan.embedded == plan.kept == 450
+    assert line(plan, "embed") == Line("embed", core_hours=5.0, gpu_hours=1.0, hours=0.25)
+    assert plan.bound == "bound by decoding; 8 more cores to decode would help"  # four instead of two, for each GPU
+    assert line(plan, "decide").core_hours == pytest.approx(1000 * LISTED.seconds * 3 / 3600)
+    # 450 rows of 1000 bytes are copied, at a hundredth of a second each byte.
+    assert line(plan, "write").hours == pytest.approx((450 * KEPT.seconds + 4500) / 2 / 3600)
+    assert plan.read_bytes == 1_450_000
+    assert plan.stored["samples"] == 100_000
+    assert plan.stored["vectors"] == 450 * 2 * 2 * 10
+    assert plan.stored["kept samples"] == 450 * (KEPT.bytes + 1000)
+    assert plan.unpredictable == ()
+
+
+def test_without_gpus_the_workers_embed_and_decode_in_line() -> None:
+    plan = predict(recipe(), FACTS, SPEEDS, Capacity(workers=2, gpus=0, threads=3, decoders=0))
+    assert line(plan, "embed") == Line("embed", 900 * 17 * 3 / 3600, 0.0, 900 * 17 / 2 / 3600)
+
+
+def test_a_filter_that_is_not_ahead_spares_no_embedding() -> None:
+    facts = Facts(**{**vars(FACTS), "passing": {2: 0.5}})
+    steps = ({"random": {"keep": 0.5}}, {"filter": {"min_words": 2}})
+    plan = predict(recipe(*steps), facts, SPEEDS, GPUS)
+    assert (plan.embedded, plan.kept) == (900, 225)
+    plan = predict(recipe({"filter": {"min_words": 2}}, embed_all=True), FACTS, SPEEDS, GPUS)
+    assert (plan.embedded, plan.kept) == (900, 450)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kept", "unpredictable"),
+    [
+        ([{"cut": {"score": "m", "keep": 0.5}}], 450, ()),
+        ([{"cut": {"score": "m", "keep": 0.5, "of": "pool"}}], 500, ()),
+        ([{"cut": {"score": "m", "keep": 70}}], 70, ()),
+        ([{"cut": {"score": "m", "keep": 5000}}], 900, ()),
+        ([{"cut": {"score": "m", "min": 0.3}}], 900, ("01-cut",)),
+        ([{"random": {"keep": 0.1}}, {"density": {"space": "m", "clusters": 3, "keep": 0.5}}], 45, ()),
+        ([{"list": {"deny": "x", "on": "uid"}}, {"dedup": {"space": "m", "epsilon": 0.1}}], 900, ("01-list", "02-dedup")),
+    ],
+)  # fmt: skip
+def test_what_is_kept_follows_from_the_keeps_and_is_said_where_it_does_not(
+    steps: list[dict[str, Any]], kept: int, unpredictable: tuple[str, ...]
+) -> None:
+    plan = predict(recipe(*steps), FACTS, SPEEDS, GPUS)
+    assert (plan.kept, plan.unpredictable) == (kept, unpredictable)
+
+
+def test_clustering_by_hand() -> None:
+    dedup = {"dedup": {"space": "m", "epsilon": 0.1, "clusters": 9, "iterations": 2}}
+    density = {"density": {"space": "m", "clusters": 30, "keep": 0.5, "iterations": 4, "passes": 3}}
+    plan = predict(recipe(dedup, density), FACTS, SPEEDS, GPUS)
+    # k-means of one worker: 900 rows x 9 clusters x 10 dimensions, twice, at 100 a second.
+    # The others: 900 x 9 x 10 to assign; 900 rows of 100 in a cluster, half of them earlier: 900 x 50 x 10 to compare.
+    own = line(plan, "01-dedup")
+    assert own.serial_hours == pytest.approx(1620 / 3600)
+    shared_s = 81 + 900 + 900 * ENTERED[Dedup].seconds
+    assert own.hours == pytest.approx((1620 + shared_s / 2) / 3600)
+    assert own.core_hours == pytest.approx((1620 + shared_s) * 3 / 3600)
+    assert own.serial_bytes == 900 * 10 * 4
+    # Three exact passes and the assignment after them.
+    own = line(plan, "02-density")
+    assert own.serial_hours == pytest.approx(900 * 30 * 10 * 4 / 100 / 3600)
+    shared_s = 4 * 270 + 900 * (ENTERED[Density].seconds + 3 * PASS_S)
+    assert own.hours - own.serial_hours == pytest.approx(shared_s / 2 / 3600)
+    steps_bytes = 900 * (ENTERED[Dedup].bytes + 20) + 900 * ENTERED[Density].bytes
+    assert plan.stored["steps and decisions"] == steps_bytes + 1000 * LISTED.bytes
+
+
+def test_k_means_trains_on_what_the_clustering_draws() -> None:
+    rule = Density(space="m", clusters=500, keep=0.5)
+    assert sample_rows(rule, 100) == 100
+    assert sample_rows(rule, 10**10) == 1 << 22  # 500 x 10,000 are more
+    assert sample_rows(Density(space="m", clusters=100, keep=0.5), 10**10) == 1_000_000
+    assert sample_rows(Density(space="m", clusters=1, keep=0.5, sample_per_cluster=7), 10**10) == 1 << 12
+
+
+def test_twice_the_pool_is_twice_the_work_but_dedups_cosines() -> None:
+    every = recipe({"filter": {"min_words": 2}}, {"cut": {"score": "m", "keep": 0.5}})
+    one = predict(every, FACTS, SPEEDS, GPUS)
+    two = predict(every, FACTS.scaled(2000, None), SPEEDS, GPUS)
+    assert two.core_hours == pytest.approx(2 * one.core_hours)
+    assert two.read_bytes == 2 * one.read_bytes
+    larger = predict(every, FACTS.scaled(None, 3_000_000), SPEEDS, GPUS)
+    assert larger.rows == one.rows
+    assert line(larger, "read").hours == pytest.approx(3 * line(one, "read").hours)
+    assert line(larger, "embed").hours == pytest.approx(0.25 * 20 / 8)  # 36 s to decode, by two
+    assert FACTS.scaled(None, None) == FACTS
+
+
+def test_arrays_of_the_pool_are_read_and_nothing_is_embedded() -> None:
+    plain = {
+        "pool": {"format": "datacomp", "path": "nowhere"},
+        "models": {"m": {"image": "a"}},
+        "select": [{"random": {"keep": 0.5}}],
+    }
+    plan = predict(recipe_of(plain), FACTS, SPEEDS, GPUS)
+    assert plan.embedded == plan.gpu_hours == 0
+    assert plan.bound == ""
+    assert line(plan, "arrays").core_hours == pytest.approx(900 * 20 * 20e-9 * 3 / 3600)
+    assert plan.read_bytes == FACTS.pool_bytes  # no tars, nothing is copied
+
+
+def test_money_by_hand() -> None:
+    cost = money(
+        PRICES, core_hours=10, gpu_hours=3, stored_bytes=50 * 10**9, egress_bytes=7 * 10**9, requests=2 * 10**5
+    )
+    assert cost == {
+        "cores": 5.0,
+        "GPUs": 6.0,
+        "storage, a month": 1.0,
+        "egress": pytest.approx(0.7),
+        "requests": 1.0,
+    }
+
+
+def test_a_pool_is_counted_and_a_few_shards_looked_at(tmp_path: Path) -> None:
+    pool = webdataset_pool(tmp_path / "pool", 4, 21, 1)
+    plain = {
+        "pool": {"format": "webdataset", "path": str(pool)},
+        "models": {"small": {"weights": "tiny"}},
+        "select": [{"filter": {"min_words": 3}}, {"dedup": {"space": "small", "epsilon": 0.1}}],
+    }
+    machine = Machine(device="cpu", workers=7, threads=1, decoders=2)
+    found = probe(recipe_of(plain), machine)
+    facts = found.facts
+    files = [path for path in pool.iterdir() if path.suffix in (".tar", ".parquet")]
+    assert (facts.shards, facts.files) == (4, 2)
+    assert facts.pool_bytes == sum(path.stat().st_size for path in files)
+    assert facts.rows == pytest.approx(4 * 20, abs=1)  # one of 21 was not downloaded
+    assert facts.usable == pytest.approx(19 / 20)  # one has no caption
+    assert facts.passing == {1: 1.0}
+    assert facts.dims == {"small": 256}
+    assert set(found.speeds.embed_s) == {"read", "image", "text", "write"}
+    assert min(found.speeds.embed_s.values()) > 0
+    assert min(found.speeds.read_s, found.speeds.decode_s, found.speeds.write_s) > 0
+    assert 0 < found.speeds.compare < float("inf")
+    assert found.capacity == Capacity(workers=7, gpus=0, threads=1, decoders=2)
+    looked, measured = found.notes
+    assert looked.startswith("3 of 4 shards were read here, on ")
+    assert looked.endswith("and 57 of their images decoded")
+    assert measured.startswith("forward passes were measured here: ")
+
+
+def test_filters_are_judged_by_the_rows_that_enter_them(tmp_path: Path) -> None:
+    pool = datacomp_pool(tmp_path / "pool", 2, 50, 1)
+    bounds = {"clip_l14_similarity_score": {"min": 0.5}}
+    plain = {
+        "pool": {"format": "datacomp", "path": str(pool)},
+        "models": {"l14": {"image": "l14_img", "text": "l14_txt"}},
+        "select": [{"filter": {"columns": bounds}}, {"random": {"keep": 0.5}}, {"filter": {"columns": bounds}}],
+    }
+    found = probe(recipe_of(plain), Machine(workers=1))
+    assert 0 < found.facts.passing[1] < 1
+    assert found.facts.passing[3] == 1  # the same again drops nothing
+    assert found.facts.dims == {"l14": 32}
+    assert found.speeds.assign == float("inf")  # nothing clusters
+
+
+def test_rates_of_a_gpu_that_is_not_here_are_taken_as_stated(tmp_path: Path) -> None:
+    pool = webdataset_pool(tmp_path / "pool", 1, 5, 1)
+    plain = {
+        "pool": {"format": "webdataset", "path": str(pool)},
+        "models": {
+            "b": {"arch": "ViT-B-32-quickgelu", "weights": "openai"},
+            "l": {"arch": "ViT-L-14", "weights": "openai"},
+        },
+    }
+    rates = Rates(source="somebody", images_per_s={"ViT-B-32": 500, "ViT-L-14": 125})
+    machine = Machine(device="auto", gpus=8, workers=1, rates=rates)
+    found = probe(recipe_of(plain), machine)
+    assert found.facts.dims == {"b": 512, "l": 768}
+    assert found.speeds.embed_s["image"] == pytest.approx(1 / 500 + 1 / 125)
+    assert "text" not in found.speeds.embed_s
+    assert found.capacity.gpus == 8
+    assert found.notes[1] == "no GPU was measured: 100 images a second through all models, by machine.rates (somebody)"
+    open_machine = machine.model_copy(update={"gpus": None, "device": "cuda"})
+    assert probe(recipe_of(plain), open_machine).notes[2:] == ("machine.gpus is open: 1 counted",)
+    without = machine.model_copy(update={"rates": Rates(source="somebody", images_per_s={"ViT-B-32": 500})})
+    for other in (without, Machine(device="auto", gpus=1)):
+        with pytest.raises(UserError, match=r"machine\.rates\.images_per_s: state ViT-\w-\d\d; it cannot be measured"):
+            probe(recipe_of(plain), other)
+
+
+def test_weights_that_are_not_there_are_the_users_mistake_on_a_processor(tmp_path: Path) -> None:
+    pool = webdataset_pool(tmp_path / "pool", 1, 5, 1)
+    plain = {
+        "pool": {"format": "webdataset", "path": str(pool)},
+        "models": {"b": {"arch": "ViT-B-32", "weights": str(tmp_path / "none.safetensors")}},
+    }
+    with pytest.raises(UserError, match="there is no file"):
+        probe(recipe_of(plain), Machine(device="cpu"))
+
+
+def test_a_pool_without_samples_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(bytes(10240))
+    plain = {"pool": {"format": "webdataset", "path": str(tmp_path)}}
+    with pytest.raises(UserError, match=r"recipe\.pool: no sample in 00000\.tar"):
+        probe(recipe_of(plain), Machine(workers=1))
+
+
+def test_the_command_prints_work_bytes_money_and_what_it_assumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = datacomp_pool(tmp_path / "pool", 2, 60, 1)
+    plain = {
+        "pool": {"format": "datacomp", "path": str(pool)},
+        "models": {"l14": {"image": "l14_img", "text": "l14_txt"}},
+        "select": [{"dedup": {"space": "l14", "epsilon": 0.1}}, {"cut": {"score": "l14", "keep": 0.5}}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(plain))
+    (tmp_path / "machine.yaml").write_text(yaml.safe_dump({"prices": PRICES.model_dump(), "workers": 1}))
+    argv = ["plan", str(tmp_path / "recipe.yaml"), "--machine", str(tmp_path / "machine.yaml")]
+    assert main([*argv, "--rows", "1200000000", "--set", "select.1.cut.keep=0.25"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    words = shown[0].split()
+    assert words[:4] == ["1,200,000,000", "samples,", "0", "embedded,"]
+    assert words[4:6] == ["at", "most"]
+    assert [row.split()[0] for row in shown[2:10]] == [
+        *("read", "arrays", "01-dedup", "02-cut", "decide", "write", "total", "read"),
+    ]
+    assert any(row.startswith("EUR ") and "cores" in row for row in shown)
+    assert "- what 01-dedup will drop is not known: counted as nothing" in shown
+    assert any(row.startswith("- 01-dedup: ") and row.endswith(" in 537 MB of memory") for row in shown)
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("118 samples, ")
+
+
+def test_hours_and_bytes_have_the_unit_that_suits() -> None:
+    assert [figure(hours) for hours in (0, 0.001, 0.5, 1, 12.345, 1234.5)] == [
+        *("0 s", "3.6 s", "30 min", "1 h", "12.3 h", "1,234 h"),
+    ]
+    assert [size(amount) for amount in (0, 999, 1.5e6, 2.4e14, 3e15)] == [
+        "0 B",
+        "999 B",
+        "1.5 MB",
+        "240 TB",
+        "3,000 TB",
+    ]
+
+
+def test_prices_and_rates_of_a_machine_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine, recipe_file = tmp_path / "machine.yaml", tmp_path / "recipe.yaml"
+    recipe_file.write_text("pool: {format: webdataset, path: nowhere}\n")
+    for text, message in [
+        ("prices: {currency: EUR}", "machine.prices.cpu_core_hour: required, but missing"),
+        ("rates: {source: me, images_per_s: {ViT-B-32: 0}}", "machine.rates.images_per_s.ViT-B-32: "),
+    ]:
+        machine.write_text(text + "\n")
+        assert main(["plan", str(recipe_file), "--machine", str(machine)]) == 2
+        assert f"pairsieve: {message}" in capsys.readouterr().err
