@@ -7,6 +7,7 @@ Runs in a checkout: the tests are no part of the package.
 from __future__ import annotations
 
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -15,6 +16,7 @@ import pytest
 import typer
 
 from jobs.entry import DONE, FAILED, main
+from pipeline.errors import UserError
 
 GOALS = {
     "R1": "kill -9 at random moments: never a wrong byte",
@@ -88,9 +90,14 @@ class Goals:
 
     def line(self, goal: str) -> str:
         """One goal: its id, whether it holds, what it says, tests, seconds and figures."""
-        state = "FAILED" if self.failed[goal] else "ok" if self.passed[goal] else "NOT MEASURED"
+        state = "ok" if self.holds(goal) else "FAILED" if self.failed[goal] else "NOT MEASURED"
         about = f"{self.passed[goal]} tests, {self.seconds[goal]:.0f} s"
-        return "\n       ".join([f"{goal:<4} {state:<6} {GOALS[goal]} ({about})", *self.figures[goal]])
+        failed = [f"failed: {test}" for test in dict.fromkeys(self.failed[goal])]
+        return "\n            ".join([f"{goal:<4} {state:<6} {GOALS[goal]} ({about})", *self.figures[goal], *failed])
+
+    def holds(self, goal: str) -> bool:
+        """Whether it was measured and no test of it failed."""
+        return self.passed[goal] > 0 and not self.failed[goal]
 
 
 def _function(item: pytest.Item) -> str:
@@ -102,11 +109,16 @@ def trust(
     goals: Annotated[list[str] | None, typer.Argument(help="Ids such as R1; all by default.")] = None,
 ) -> int:
     """Measure the goals and print a line for each."""
+    for goal in goals or ():
+        if goal not in GOALS:
+            raise UserError(f"no goal is called {goal}; there are {', '.join(GOALS)}")
     found = Goals(goals or list(GOALS))
+    began = time.monotonic()
     code = pytest.main(["-m", "goal", "--tb=short", "--no-header"], plugins=[found])
     print("\n".join(found.line(goal) for goal in found.asked))
-    held = all(found.passed[goal] and not found.failed[goal] for goal in found.asked)
-    return DONE if held and code == pytest.ExitCode.OK else FAILED
+    held = sum(found.holds(goal) for goal in found.asked)
+    print(f"{held} of {len(found.asked)} goals hold, measured in {(time.monotonic() - began) / 60:.0f} min")
+    return DONE if held == len(found.asked) and code == pytest.ExitCode.OK else FAILED
 
 
 if __name__ == "__main__":

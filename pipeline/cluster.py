@@ -26,6 +26,9 @@ from pipeline.vectors import draw
 SAMPLE_ROWS = 1 << 22
 """Most vectors that k-means trains on, whatever the recipe asks for each cluster: 8.6 GB of float32 at 512 dims."""
 
+MOST_PER_CLUSTER = 10**6
+"""Rows to train on for each cluster: FAISS sums them in float32, which 10^7 of them saturate (reliability.md 2)."""
+
 LEAST_ROWS = 1 << 12
 """Survivors up to which all are trained on: of few, a draw by hash may take none."""
 

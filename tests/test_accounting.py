@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.curate import alive_after
@@ -15,9 +18,17 @@ from pipeline.errors import SchemaError
 from pipeline.formats.reading import Reading
 from pipeline.parts import Dataset, File, Part
 from pipeline.read import check
-from pipeline.schema import ALIVE, PROBLEMS, SAMPLES, STATE
+from pipeline.record import load_record, receipts_of
+from pipeline.schema import ALIVE, PROBLEMS, SAMPLE_PROBLEMS, SAMPLES, STATE
 from pipeline.state import drop, made
+from pipeline.storage import Root
 from pipeline.write import kept_rows
+from tests.runs import datacomp_run
+
+pytestmark = pytest.mark.goal("R7")
+
+REASONS = {"columns.clip_l14_similarity_score", "duplicate", "low_score", "over_quota", "not_drawn"}
+"""All that the rules of tests.runs.datacomp say of its pool, beside the problems of samples."""
 
 
 def state(*dropped_by: int) -> pa.Table:
@@ -76,3 +87,28 @@ def test_an_output_shard_with_fewer_rows_than_are_due_is_refused() -> None:
     assert [kept.rows.tolist() for kept in kept_rows([2, 2], rows, place)] == [[0, 1]]
     with pytest.raises(SchemaError, match="2 kept rows where 3 are due"):
         list(kept_rows([2, 2], rows, place | {"take": 3}))
+
+
+def test_every_stage_of_a_run_accounts_for_every_row(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    run = datacomp_run(tmp_path)
+    record = load_record(Root(str(run)))
+    listed = record.funnel[0][1]
+    balanced = 0
+    for manifest in record.manifests:
+        receipts = receipts_of(Root(f"{run}/store"), manifest)
+        if "entered" in receipts[0]["facts"]:
+            for facts in (receipt["facts"] for receipt in receipts):
+                assert facts["entered"] == facts["alive"] + sum(facts["dropped"].values()), manifest
+            assert sum(receipt["files"]["state"]["rows"] for receipt in receipts) == listed, manifest
+            balanced += 1
+    rows = pq.read_table(run / "decisions").to_pylist()
+    dropped = Counter(row["step"] for row in rows)
+    left = len(rows)
+    for step, entered, after in record.funnel:
+        assert (entered, after) == (left, left - dropped[step]), step
+        left = after
+    assert left == sum(row["kept"] for row in rows)
+    assert {row["reason"] for row in rows if row["reason"]} - {*SAMPLE_PROBLEMS} == REASONS
+    record_property(
+        "figure", f"{listed} rows = {left} kept + {dropped.total() - dropped[None]} dropped; {balanced} stages balance"
+    )

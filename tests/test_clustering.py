@@ -52,7 +52,8 @@ def assigned(step, found):
 PARTITIONS = [([], 1), ([20, 40], 1), ([20, 40], 3), ([9, 9, 30, 31, 50, 55], 1), ([9, 9, 30, 31, 50, 55], 2)]
 
 
-def test_centroids_are_the_same_bytes_for_any_partition():
+@pytest.mark.goal("R11")
+def test_centroids_are_the_same_bytes_for_any_partition(record_property):
     vec_ND = blobs(60)
     found = []
     for ends, group_units in PARTITIONS:
@@ -61,8 +62,10 @@ def test_centroids_are_the_same_bytes_for_any_partition():
         cluster_N, distance_N = assigned(step, fit)
         found.append((fit.centroid_file(step), cluster_N.tobytes(), distance_N.tobytes()))
     assert len(set(found)) == 1
+    record_property("figure", f"{len(PARTITIONS)} partitions of a pool into units and groups: the same centroids")
 
 
+@pytest.mark.goal("R11")
 def test_an_exact_pass_does_not_depend_on_the_order_of_parts():
     vec_ND = blobs(60, seed=3)
     start = kmeans.train(vec_ND, 4, 1, 0, 1)[0]
@@ -102,6 +105,7 @@ def test_sizes_and_sums_of_distances_are_exact():
     np.testing.assert_allclose(distance_K, np.bincount(cluster_N, weights=distance_N.astype(np.float64)), rtol=1e-6)
 
 
+@pytest.mark.goal("R11")
 def test_there_are_at_most_as_many_clusters_as_survivors():
     step = step_of(blobs(5), [2], problem=[0, 3])
     found = fitted(step, clusters=100)
@@ -111,6 +115,7 @@ def test_there_are_at_most_as_many_clusters_as_survivors():
     np.testing.assert_allclose(distance_N, 0, atol=1e-6)
 
 
+@pytest.mark.goal("R11")
 def test_rows_with_a_problem_are_in_no_cluster():
     for group_units, first in ((1, 10), (2, 0)):
         step = step_of(blobs(30), [10], group_units, problem=range(0, 30, 3))
@@ -119,6 +124,7 @@ def test_rows_with_a_problem_are_in_no_cluster():
         assert table.column("at").to_pylist() == expected
 
 
+@pytest.mark.goal("R11")
 def test_copies_leave_empty_clusters():
     vec_ND = np.repeat(blobs(2, seed=1), 10, axis=0)
     step = step_of(vec_ND, [7])

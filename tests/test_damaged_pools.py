@@ -117,6 +117,7 @@ def images(folder: Path, canary: Path) -> tuple[Written, list[Unit]]:
     return Written(folder / "images", folder / "images-run", "parquet", write=write), units
 
 
+@pytest.mark.goal("R8")
 def test_every_tar_amounts_to_its_truth(tars: tuple[Written, dict[str, corpus.Case]]) -> None:
     written, cases = tars
     for shard, case in cases.items():
@@ -131,6 +132,7 @@ def test_every_tar_amounts_to_its_truth(tars: tuple[Written, dict[str, corpus.Ca
         assert all(x["offset"] is not None and x["detail"] for x in lines), case.name
 
 
+@pytest.mark.goal("R8")
 def test_no_sample_of_a_damaged_tar_is_lost_without_a_fault_of_its_shard(
     tars: tuple[Written, dict[str, corpus.Case]],
 ) -> None:
@@ -142,7 +144,10 @@ def test_no_sample_of_a_damaged_tar_is_lost_without_a_fault_of_its_shard(
             assert any(x["key"] is None for x in lines), case.name
 
 
-def test_the_totals_of_the_tars_are_those_of_the_truth_table(tars: tuple[Written, dict[str, corpus.Case]]) -> None:
+@pytest.mark.goal("R7", "R8")
+def test_the_totals_of_the_tars_are_those_of_the_truth_table(
+    tars: tuple[Written, dict[str, corpus.Case]], record_property: pytest.RecordProperty
+) -> None:
     written, cases = tars
     kept = sum(len(case.kept) for case in cases.values())
     truth = Counter(problem for case in cases.values() for _, problem in case.problems)
@@ -156,8 +161,11 @@ def test_the_totals_of_the_tars_are_those_of_the_truth_table(tars: tuple[Written
     assert curated.damaged == sum(bool(case.faults) for case in cases.values())
     assert {x["reason"] for x in written.lines} <= {*SAMPLE_PROBLEMS, *SHARD_PROBLEMS}
     assert sum(json.loads(p.read_text())["count"] for p in written.run.glob("filtered/*_stats.json")) == kept
+    problems = ", ".join(f"{count} {problem}" for problem, count in sorted(truth.items()))
+    record_property("figure", f"damaged tars: {curated.listed} rows = {kept} kept + {problems}")
 
 
+@pytest.mark.goal("R8")
 def test_every_image_and_text_amounts_to_its_truth(samples: tuple[Written, dict[str, list[Sample]]]) -> None:
     written, shards = samples
     for shard, truth in shards.items():
@@ -168,10 +176,12 @@ def test_every_image_and_text_amounts_to_its_truth(samples: tuple[Written, dict[
         assert all((r["score_tiny"] is None) == bool(r["problem"]) for r in rows)
 
 
+@pytest.mark.goal("R8")
 def test_every_unit_of_arrays_and_metadata_amounts_to_its_truth(tables: tuple[Written, list[Unit]]) -> None:
     check_units(*tables)
 
 
+@pytest.mark.goal("R8")
 def test_every_parquet_file_of_images_amounts_to_its_truth(images: tuple[Written, list[Unit]]) -> None:
     check_units(*images)
     kept = pq.read_table(images[0].run / "parquet")
@@ -195,15 +205,22 @@ def check_units(written: Written, units: list[Unit]) -> None:
     assert written.curated.damaged == sum(bool(unit.faults) for unit in units)
 
 
+@pytest.mark.goal("S-a")
 def test_nothing_in_the_pools_was_executed(
-    tables: tuple[Written, list[Unit]], images: tuple[Written, list[Unit]], canary: Path
+    tables: tuple[Written, list[Unit]],
+    images: tuple[Written, list[Unit]],
+    canary: Path,
+    record_property: pytest.RecordProperty,
 ) -> None:
     assert not canary.exists()
     corpus_tables.pickle.loads(corpus_tables.pickle.dumps(corpus_tables.Canary(canary)))
     assert canary.exists()  # the control: unpickled, the canary leaves its file
     canary.unlink()
+    payloads = sum(corpus_tables.Canary.__module__.encode() in p.read_bytes() for p in canary.parent.rglob("*.p*/*"))
+    record_property("figure", f"arrays and parquet: {payloads} files with a canary, 0 executed")
 
 
+@pytest.mark.goal("R8")
 def test_verify_finds_no_difference_in_a_run_over_damage(
     tars: tuple[Written, dict[str, corpus.Case]],
     samples: tuple[Written, dict[str, list[Sample]]],
@@ -213,15 +230,26 @@ def test_verify_finds_no_difference_in_a_run_over_damage(
     assert [written.differences() for written in (tars[0], samples[0], tables[0], images[0])] == [[]] * 4
 
 
+@pytest.mark.goal("R8")
 def test_the_corpus_has_more_than_eighty_files_and_less_than_a_megabyte(
     tars: tuple[Written, dict[str, corpus.Case]],
     samples: tuple[Written, dict[str, list[Sample]]],
     tables: tuple[Written, list[Unit]],
     images: tuple[Written, list[Unit]],
+    record_property: pytest.RecordProperty,
 ) -> None:
-    files = [p for written in (tars[0], samples[0], tables[0], images[0]) for p in written.pool.iterdir()]
+    runs = [tars[0], samples[0], tables[0], images[0]]
+    files = [path for written in runs for path in written.pool.iterdir()]
+    stored = sum(path.stat().st_size for path in files)
     assert len(files) >= 80
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert stored < 1_000_000
+    kept, dropped = sum(w.curated.kept for w in runs), sum(w.curated.unreadable for w in runs)
+    faults = Counter(line["reason"] for w in runs for line in w.lines if line["key"] is None)
+    record_property(
+        "figure",
+        f"{len(files)} files, {stored:,} bytes: {kept} rows recovered, {dropped} dropped, {faults.total()} faults of "
+        f"shards ({', '.join(f'{count} {reason}' for reason, count in sorted(faults.items()))}): all as in the truth",
+    )
 
 
 MEASURE = """
@@ -240,17 +268,23 @@ for path in sys.argv[1:]:
 """Each image in a process of its own, so that the peak of memory is its own."""
 
 
-def test_each_bomb_is_dropped_within_a_second_and_a_gibibyte(tmp_path: Path) -> None:
+@pytest.mark.goal("S-g")
+def test_each_bomb_is_dropped_within_a_second_and_a_gibibyte(
+    tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
     bombs = corpus_samples.bombs()
     for sample in bombs:
         (tmp_path / sample.key).write_bytes(sample.image)
     command = [sys.executable, "-c", MEASURE, *(str(tmp_path / sample.key) for sample in bombs)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    for sample, line in zip(bombs, ran.stdout.splitlines(), strict=True):
-        reason, seconds, kib = line.split()
+    found = [line.split() for line in ran.stdout.splitlines()]
+    for sample, (reason, seconds, kib) in zip(bombs, found, strict=True):
         assert (reason, float(seconds) < 1, int(kib) < 1 << 20) == (sample.problem, True, True), sample.key
+    slowest, largest = max(float(seconds) for _, seconds, _ in found), max(int(kib) for _, _, kib in found)
+    record_property("figure", f"{len(bombs)} bombs dropped: at most {slowest:.2f} s and {largest >> 10} MiB each")
 
 
+@pytest.mark.goal("R15")
 def test_a_header_that_states_2_60_bytes_costs_nothing(tmp_path: Path) -> None:
     case = next(case for case in corpus.everything() if case.name == "a size of 2^60")
     (tmp_path / "0.tar").write_bytes(case.data)
@@ -280,6 +314,7 @@ NUMBERS: dict[str, Callable[[int], list[float]]] = {
 }
 
 
+@pytest.mark.goal("R13")
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("clusters", [1, 3, 100])
 def test_scores_that_are_equal_or_odd_and_more_clusters_than_rows_still_fill_the_quota(

@@ -124,10 +124,12 @@ def container(group: dict[str, Any]) -> Any:
     return group["template"]["spec"]["containers"][0]
 
 
+@pytest.mark.goal("S-f")
 def test_the_rayjob_has_only_fields_that_kuberay_knows() -> None:
     assert list(jsonschema.Draft202012Validator(RAYJOB_SCHEMA).iter_errors(RAYJOB)) == []
 
 
+@pytest.mark.goal("S-f")
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -163,6 +165,7 @@ def test_the_machine_file_asks_for_the_gpus_that_the_clusters_offer() -> None:
     assert asked == groups(RAYJOB)["gpu"]["replicas"] == LAUNCHER["available_node_types"]["gpu"]["max_workers"]
 
 
+@pytest.mark.goal("S-f")
 def test_the_network_policy_covers_every_pod_of_the_rayjob() -> None:
     assert POLICY["kind"] == "NetworkPolicy" and POLICY["spec"]["policyTypes"] == ["Ingress"]
     selected = POLICY["spec"]["podSelector"]["matchLabels"]
@@ -182,10 +185,12 @@ def launcher_schema() -> Any:
     return json.loads((Path(spec.origin).parent / "autoscaler/ray-schema.json").read_text())
 
 
-def test_the_launcher_file_passes_rays_own_schema() -> None:
+@pytest.mark.goal("S-f")
+def test_the_launcher_file_passes_rays_own_schema(record_property: pytest.RecordProperty) -> None:
     jsonschema.validate(LAUNCHER, launcher_schema())
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(LAUNCHER | {"setup_command": []}, launcher_schema())
+    record_property("figure", "RayJob, NetworkPolicy, Ray launcher: valid; 11 of 11 wrong fields caught")
 
 
 def test_the_launcher_runs_gpus_on_spot_nodes_and_nothing_on_the_head() -> None:
@@ -202,6 +207,7 @@ def shell_commands(script: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+@pytest.mark.goal("S-e")
 def test_the_slurm_script_runs_ray_on_all_nodes_with_a_token_that_is_on_no_command_line() -> None:
     commands = shell_commands(SBATCH)
     assert SBATCH.startswith("#!/bin/bash\n")
@@ -262,6 +268,7 @@ def ray_starts() -> list[str]:
     return [command for command in commands if "ray start" in command]
 
 
+@pytest.mark.goal("S-e", "S-f")
 def test_every_ray_that_is_shipped_wants_a_token() -> None:
     for group in groups(RAYJOB).values():
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container(group)["env"]
@@ -270,7 +277,10 @@ def test_every_ray_that_is_shipped_wants_a_token() -> None:
     assert "--env RAY_AUTH_MODE=token" in LAUNCHER["docker"]["run_options"]
 
 
-def test_no_dashboard_listens_to_every_interface_and_no_token_is_written_down() -> None:
+@pytest.mark.goal("S-e", "S-b")
+def test_no_dashboard_listens_to_every_interface_and_no_token_is_written_down(
+    record_property: pytest.RecordProperty,
+) -> None:
     shipped = [path for folder in ("deploy", "conf") for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert len(shipped) >= 8
     for path in shipped:
@@ -280,6 +290,7 @@ def test_no_dashboard_listens_to_every_interface_and_no_token_is_written_down() 
         assert not re.search(r"\b[0-9a-f]{32,}\b", text), path
     (head,) = [command for command in ray_starts() if "--head" in command]
     assert "--dashboard-host=127.0.0.1" in head
+    record_property("figure", f"{len(shipped)} shipped files: no token, no dashboard on every interface, auth on")
 
 
 def test_what_is_large_or_private_stays_out_of_a_submitted_job() -> None:

@@ -21,20 +21,26 @@ def levels(found: Facts, machine: Machine | None = None) -> dict[str, str]:
     return {what: finding.level for what, finding in of(found, machine).items() if finding.level != "ok"}
 
 
+@pytest.mark.goal("S-h")
 def test_the_first_safe_versions_are_accepted() -> None:
     assert outdated(SAFE) == []
     assert outdated({"ray": "2.60.0", "pyarrow": "26.0.1", "pillow": "13.0.0", "torch": "2.14.1+cu124"}) == []
 
 
+@pytest.mark.goal("S-h")
 @pytest.mark.parametrize(
     ("package", "version"), [("ray", "2.55.9"), ("pyarrow", "23.0.1"), ("pillow", "12.2.0"), ("torch", "2.5.1+cpu")]
 )
-def test_a_version_with_known_holes_is_refused_by_name(package: str, version: str) -> None:
+def test_a_version_with_known_holes_is_refused_by_name(
+    package: str, version: str, record_property: pytest.RecordProperty
+) -> None:
     (fault,) = outdated({**SAFE, package: version})
     detail = f"{version} has known vulnerabilities; {SAFE[package]} is the first without"
     assert fault == Finding("fault", package, detail)
+    record_property("figure", f"{package} {version}: refused, {SAFE[package]} is not")
 
 
+@pytest.mark.goal("S-h")
 def test_every_missing_package_is_named() -> None:
     assert [fault.what for fault in outdated({})] == ["ray", "pyarrow", "pillow", "torch"]
     assert levels(replace(FIT, versions={**GOOD, "polars": None})) == {"polars": "fault"}

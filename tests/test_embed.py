@@ -279,6 +279,7 @@ def test_a_vector_that_is_zero_or_not_finite_is_a_problem(
         assert table["detail"][row].as_py() == f"the {side} vector is zero or not finite"
 
 
+@pytest.mark.goal("R18")
 def test_a_worker_with_other_numerics_refuses_to_embed(weights: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match=r"computes in float32 on .*, but .* 'clip' are asked for in bf16 on"):
         stage(weights, precision="bf16").build(MACHINE)
@@ -286,6 +287,7 @@ def test_a_worker_with_other_numerics_refuses_to_embed(weights: dict[str, Path])
         stage(weights, device_class="NVIDIA H100").build(MACHINE)
 
 
+@pytest.mark.goal("R18")
 def test_a_worker_with_other_weights_refuses_to_embed(weights: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match=r"has other weights for 'clip': .* has the sha256 .*, not 00ff"):
         stage(weights, sha256="00ff").build(MACHINE)

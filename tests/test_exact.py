@@ -82,6 +82,34 @@ def test_any_split_into_parts_and_any_limit_take_what_a_sort_of_everything_takes
     assert bits_K.dtype == keys.value.dtype
 
 
+@pytest.mark.goal("R13")
+@pytest.mark.parametrize(
+    ("rows", "parts"), [(100_000, 50), pytest.param(10_000_000, 1000, marks=[pytest.mark.campaign, pytest.mark.slow])]
+)
+def test_a_cut_is_that_of_numpys_partition_whatever_the_order_of_the_parts(rows, parts, record_property):
+    rng = np.random.default_rng(1)
+    value_N = rng.normal(size=rows).astype(np.float32).round(4)
+    odd = np.array([0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -1.1e-38, 3.4e38, -3.4e38], np.float32)
+    value_N[rng.integers(rows, size=rows // 10)] = np.resize(odd, rows // 10)
+    uid_N = rng.permutation(rows).astype(np.uint64)
+    keys, group_N = keys_of(value_N, uid_N), np.zeros(rows, np.int32)
+    quota = rows // 2  # among the zeros of both signs
+    size = rows // parts
+    cuts = []
+    for _ in range(2):
+        slices = [slice(first, first + size) for first in rng.permutation(parts) * size]
+        cut, taken_N = rounds([quota], group_N, keys, slices, limit=1000)
+        cuts.append([getattr(cut, field.name).tobytes() for field in fields(cut)])
+    assert cuts[0] == cuts[1]
+    last = np.partition(value_N, quota - 1)[quota - 1]
+    assert vectors.from_ordered_bits(exact.last_value_bits(cut)[0])[0] == last
+    assert taken_N.sum() == quota
+    assert taken_N[value_N < last].all() and not taken_N[value_N > last].any()
+    tied_N = value_N == last
+    assert uid_N[tied_N & taken_N].max() < uid_N[tied_N & ~taken_N].min()
+    record_property("figure", f"{rows:,} values, {parts:,} parts in 2 orders: numpy's partition; {tied_N.sum():,} ties")
+
+
 def test_worked_by_hand():
     keys = keys_of(np.array([0.5, 0.1, 0.5, 0.9, 0.5], np.float32), uid=[3, 9, 1, 0, 1])
     group_N = np.zeros(5, np.int32)

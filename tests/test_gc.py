@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import cli
 from pipeline.errors import UserError
 from pipeline.gc import STALE_S, kept_runs, referred, stale, unreferred
 from pipeline.machine import Machine
@@ -16,6 +17,7 @@ from pipeline.storage import Root
 from pipeline.verify import verify
 from tests.pools import webdataset_pool
 from tests.runs import run_recipe, webdataset
+from tests.trees import tree
 
 
 @pytest.fixture
@@ -77,6 +79,51 @@ def test_a_store_in_a_run_directory_keeps_that_run(tmp_path: Path) -> None:
     store.write("notes.txt", b"the user's")
     garbage = ["segments/judge/garbage.parquet", "listed/aa/garbage.json", "listed/aa/other.json"]
     assert listed(tmp_path / "run") == [*garbage, "parts/judge/garbage"]
+
+
+@pytest.mark.goal("R10")
+def test_what_nobody_committed_is_never_read_and_listed_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: pytest.RecordProperty
+) -> None:
+    recipe = webdataset(webdataset_pool(tmp_path / "pool", 3, 9, 1))
+    run, store = tmp_path / "run", tmp_path / "run/store"
+    run_recipe(recipe, str(run))
+    before = tree(run)
+    strays = {"parts/read/00/.tmp-stale": b"PAR1 half written", "parts/times/aa/foreign.parquet": b"garbage"}
+    for stage in (path.name for path in (store / "parts").iterdir()):
+        folder, part = next((p.parent, p) for p in sorted((store / "parts" / stage).rglob("*")) if p.is_file())
+        strays[(folder / f"{'0' * 32}-torn.parquet").relative_to(store).as_posix()] = part.read_bytes()[:-9]
+        strays[(folder / f"{'1' * 32}-whole.parquet").relative_to(store).as_posix()] = part.read_bytes()
+    for stage in (path.name for path in (store / "receipts").iterdir()):
+        for name, data in (("torn", b'{"key": "'), ("empty", b""), ("binary", b"\xff\0")):
+            strays[f"receipts/{stage}/00/{name}.json"] = data
+        strays[f"manifests/{stage}/{'2' * 32}.parquet"] = b"PAR1"
+        strays[f"segments/{stage}/{'3' * 32}.parquet"] = b"not a list of receipts"
+    for name, data in strays.items():
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(data)
+    old = time.time() - STALE_S - 1
+    os.utime(store / "parts/read/00/.tmp-stale", (old, old))
+    in_run = ["decisions/00000099.parquet", "filtered/00000099.tar"]
+    for name in in_run:
+        (run / name).write_bytes(b"garbage")
+    told = {difference.file for difference in verify(Root(str(run)), Root(str(store)), Machine())}
+    assert set(in_run) <= told
+
+    recipe["select"][1]["cut"]["keep"] = 0.4  # misses parts, so that every record is looked for
+    run_recipe(recipe, str(run))
+    recipe["select"][1]["cut"]["keep"] = 0.5
+    run_recipe(recipe, str(run))
+    assert tree(run) == before
+    assert cli.main(["gc", str(store)]) == 0
+    listed = set(capsys.readouterr().out.splitlines())
+    assert strays.keys() <= listed
+    assert all((store / name).read_bytes() == data for name, data in strays.items()), "gc only lists"
+    record_property(
+        "figure",
+        f"{len(strays)} torn, stale and foreign files in a store: the same {len(before)} files, all listed by gc; "
+        f"{len(in_run)} in a run directory: named by verify, removed by the next run",
+    )
 
 
 def test_without_a_kept_run_everything_is_listed(shared: Path) -> None:

@@ -76,17 +76,19 @@ TOO_LARGE = {
 }
 
 
+@pytest.mark.goal("S-g")
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_a_bomb_is_too_large_within_a_second_and_a_gibibyte(name: str) -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
+    start = time.process_time()
     found = decode(TOO_LARGE[name])
     assert isinstance(found, Undecodable)
     assert found.reason == "image_too_large"
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 1 << 20
 
 
+@pytest.mark.goal("S-g")
 def test_the_pixel_cap_is_inclusive() -> None:
     inside, outside = png(MAX_PIXELS // 1000, 1000), png(MAX_PIXELS // 1000 + 1, 1000)
     found = decode(inside)

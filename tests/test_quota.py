@@ -47,6 +47,7 @@ def by_sorting(table, quotas):
     return sorted(found), last
 
 
+@pytest.mark.goal("R13")
 @settings(max_examples=40)
 @given(rankings())
 def test_a_cut_equals_a_sort_of_everything(problem):

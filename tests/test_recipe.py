@@ -166,6 +166,14 @@ def test_models_are_networks_or_arrays():
             step(density={"space": "clip", "clusters": 4, "keep": 0.5, "temperature": 0}),
             "recipe.select.1.density.temperature: Input should be greater than 0, got 0",
         ),
+        (
+            step(density={"space": "clip", "clusters": 4, "keep": 0.5, "sample_per_cluster": 1_000_001}),
+            "recipe.select.1.density.sample_per_cluster: Input should be less than or equal to 1000000, got 1000001",
+        ),
+        (
+            step(dedup={"space": "clip", "epsilon": 0, "sample_per_cluster": 1_000_001}),
+            "recipe.select.1.dedup.sample_per_cluster: Input should be less than or equal to 1000000, got 1000001",
+        ),
         (step(filter={}), "recipe.select.1.filter: filter needs at least one bound"),
         (
             step(filter={"columns": {"x": {}}}),

@@ -68,6 +68,7 @@ def made(run: Run) -> list[tuple[str, int]]:
     return [(entry["stage"], entry["parts"]) for entry in run.times]
 
 
+@pytest.mark.goal("R18")
 def test_a_part_is_made_once_and_found_again(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     first = run_of(store, tmp_path)
@@ -140,6 +141,7 @@ def test_a_second_run_reads_no_shard(store: Root, tmp_path: Path) -> None:
     assert run_of(store, tmp_path).read(Lines(), units)["numbers"] == numbers
 
 
+@pytest.mark.goal("R18")
 def test_a_moved_pool_is_hashed_once_and_recognised(store: Root, tmp_path: Path) -> None:
     numbers = run_of(store, tmp_path).read(Lines(), pool(tmp_path / "pool", 3))["numbers"]
     parts = store.list("parts")
@@ -151,6 +153,7 @@ def test_a_moved_pool_is_hashed_once_and_recognised(store: Root, tmp_path: Path)
     assert made(again) == []
 
 
+@pytest.mark.goal("R18")
 def test_a_changed_parameter_makes_all_parts_anew(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     first = run_of(store, tmp_path)
@@ -162,12 +165,14 @@ def test_a_changed_parameter_makes_all_parts_anew(store: Root, tmp_path: Path) -
     assert doubled.key != tripled.key
 
 
+@pytest.mark.goal("R18")
 def test_where_a_file_lies_is_no_parameter(store: Root, tmp_path: Path) -> None:
     assert stage_key(Times(2, "here")) == stage_key(Times(2, "there"))
     assert stage_key(Times(2, "here")) != stage_key(Times(2, "here").__class__(3, "here"))
     assert stage_key(Times(2)) != stage_key(Guess(2)), "two stages with the same fields share nothing"
 
 
+@pytest.mark.goal("R18")
 def test_a_grown_pool_makes_only_the_new_parts(store: Root, tmp_path: Path) -> None:
     first = run_of(store, tmp_path)
     first.map(Times(2), first.read(Lines(), pool(tmp_path / "pool", 3))["numbers"])
@@ -179,6 +184,7 @@ def test_a_grown_pool_makes_only_the_new_parts(store: Root, tmp_path: Path) -> N
     assert len(doubled) == 5
 
 
+@pytest.mark.goal("R18")
 def test_a_changed_shard_is_made_anew(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     run_of(store, tmp_path).read(Lines(), units)
@@ -232,6 +238,7 @@ def test_a_racing_export_with_other_bytes_is_an_alarm(store: Root, tmp_path: Pat
         commit(store, directory, Print(), "a" * 32, "000.txt", other, None)
 
 
+@pytest.mark.goal("R10")
 def test_files_that_nobody_committed_are_not_read(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     first = run_of(store, tmp_path)
@@ -276,6 +283,7 @@ def test_damaged_records_count_as_none_and_what_they_stood_for_is_found_or_made_
             store.write(path, data)
 
 
+@pytest.mark.goal("R10")
 def test_a_part_without_its_receipt_is_made_anew(store: Root, tmp_path: Path) -> None:
     units = pool(tmp_path / "pool", 3)
     first = run_of(store, tmp_path)

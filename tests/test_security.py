@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,25 +81,31 @@ def faults(tree: ast.AST, path: Path = ROOT) -> list[str]:
     return found
 
 
+@pytest.mark.goal("S-a")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_unpickles_evaluates_or_opens_a_shell(path: Path) -> None:
     assert faults(ast.parse(path.read_text()), path) == []
 
 
+@pytest.mark.goal("S-a")
 def test_the_lint_sees_what_it_forbids() -> None:
     code = "import pickle\nnp.load(x)\ntorch.load(f, weights_only=False)\nyaml.load(t)\nrun(c, shell=True)\neval(x)"
     assert [fault.partition(":")[0] for fault in faults(ast.parse(code))] == ["1", "2", "3", "4", "5", "6"]
 
 
-def test_members_that_unpickle_elsewhere_are_copied_and_never_opened(tmp_path: Path) -> None:
+@pytest.mark.goal("S-a")
+def test_members_that_unpickle_elsewhere_are_copied_and_never_opened(
+    tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
     canary = tmp_path / "executed"
     payload = corpus_tables.pickle.dumps(Canary(canary))
     array = io.BytesIO()
     np.save(array, np.array([Canary(canary)], object), allow_pickle=True)
     shard = Shard()
+    suffixes = ("pyd", "pkl", "pickle", "pth", "pt", "ten", "tb", "mp")
     for key in ("a", "b"):
         shard.add(f"{key}.jpg", JPEG).add(f"{key}.txt", f"caption of {key}".encode())
-        for suffix in ("pyd", "pkl", "pickle", "pth", "pt", "ten", "tb", "mp"):
+        for suffix in suffixes:
             shard.add(f"{key}.{suffix}", payload)
         shard.add(f"{key}.npy", array.getvalue()).add(f"{key}.cls", b"__import__('os').system('touch canary')")
     pool = tmp_path / "pool"
@@ -110,12 +117,14 @@ def test_members_that_unpickle_elsewhere_are_copied_and_never_opened(tmp_path: P
     assert payload in (tmp_path / "run/filtered/00000000.tar").read_bytes()
     np.load(io.BytesIO(array.getvalue()), allow_pickle=True)
     assert canary.exists()  # the control
+    record_property("figure", f"{2 * (len(suffixes) + 1)} pickles in a tar: copied, 0 executed; the control was")
 
 
 def run_of(recipe: dict[str, Any], directory: Path) -> None:
     curate(Run(Root(f"{directory}/store"), Root(str(directory)), Serial(), Machine()), recipe_of(recipe))
 
 
+@pytest.mark.goal("S-a")
 def test_a_list_with_an_extension_type_is_refused_unopened(tmp_path: Path) -> None:
     canary = tmp_path / "executed"
     (tmp_path / "deny.parquet").write_bytes(corpus_tables.extension(canary))
@@ -142,6 +151,7 @@ def test_weights_of_another_digest_are_refused(tmp_path: Path) -> None:
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]"
 
 
+@pytest.mark.goal("S-a")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -172,17 +182,29 @@ HOSTILE = ["../../x", "/etc/passwd", "..", "C:\\x", "a/../../b", "~/x", "%2e%2e/
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
 
 
-@settings(max_examples=50, phases=[Phase.generate])
-@given(names=st.lists(NAMES | st.sampled_from(HOSTILE), min_size=200, max_size=200))
-def test_of_ten_thousand_names_each_is_safe_or_has_a_stand_in(names: list[str]) -> None:
-    for name in names:
-        key = _safe(name)
-        assert unsafe(key) is None
-        assert os.path.commonpath(["/run", os.path.normpath(f"/run/{key}.jpg")]) == "/run"
-        assert key == name or key.startswith("unsafe-")
+@pytest.mark.goal("S-c")
+def test_of_ten_thousand_names_each_is_safe_or_has_a_stand_in(record_property: pytest.RecordProperty) -> None:
+    seen = Counter[bool]()
+
+    @settings(max_examples=50, phases=[Phase.generate])
+    @given(names=st.lists(NAMES | st.sampled_from(HOSTILE), min_size=200, max_size=200))
+    def look(names: list[str]) -> None:
+        for name in names:
+            key = _safe(name)
+            assert unsafe(key) is None
+            assert os.path.commonpath(["/run", os.path.normpath(f"/run/{key}.jpg")]) == "/run"
+            assert key == name or key.startswith("unsafe-")
+            seen[key == name] += 1
+
+    look()
+    assert seen.total() == 10_000
+    record_property("figure", f"{seen[True]:,} names kept, {seen[False]:,} replaced, 0 outside the root")
 
 
-def test_whatever_keys_and_shards_are_called_nothing_is_written_outside_the_run(tmp_path: Path) -> None:
+@pytest.mark.goal("S-c")
+def test_whatever_keys_and_shards_are_called_nothing_is_written_outside_the_run(
+    tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
     draw = random.Random(7)
     letters = "abz./\\:~%*?\n\u202e\u00e9\u65e5 '\"<>|&;$-"
     names = [*HOSTILE, *("".join(draw.choices(letters, k=draw.randrange(1, 12))) for _ in range(1000))]
@@ -203,6 +225,7 @@ def test_whatever_keys_and_shards_are_called_nothing_is_written_outside_the_run(
     ]
     assert len(written) > 900
     assert all(unsafe(key) is None for key in written)
+    record_property("figure", f"a pool of {len(names):,} hostile keys in 5 hostile shards: nothing outside its run")
 
 
 def plain_names(run: Path) -> bool:
@@ -264,7 +287,10 @@ def served(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(tmp_path: Path, served: str) -> None:
+@pytest.mark.goal("S-b")
+def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(
+    tmp_path: Path, served: str, record_property: pytest.RecordProperty
+) -> None:
     recipe = {
         "pool": {"format": "webdataset", "path": [f"{served}/00000.tar?token={SECRET}"]},
         "select": [{"list": {"deny": f"{served}/deny.txt?token={SECRET}", "on": "key"}}],
@@ -279,6 +305,7 @@ def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(tmp_pa
     command = [sys.executable, "-c", "import sys; from jobs import cli; sys.exit(cli.main())", "run", *where]
     ran = subprocess.run([*command, "--run", str(run)], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert ran.returncode == 0, ran.stderr
+    files = sum(path.is_file() for path in run.rglob("*"))
     assert hits(run) == []
     assert SECRET not in ran.stdout + ran.stderr
     assert "http://127.0.0.1" in (run / "recipe.yaml").read_text()
@@ -288,8 +315,10 @@ def test_no_secret_of_urls_machine_file_or_environment_is_written_or_said(tmp_pa
     assert ran.returncode == 2
     assert SECRET not in ran.stdout + ran.stderr
     assert ran.stderr.startswith("pairsieve: pool.path: ")
+    record_property("figure", f"10 secrets of recipe, machine and environment: in 0 of {files} files, 0 said")
 
 
+@pytest.mark.goal("S-b")
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
@@ -310,6 +339,7 @@ def test_a_url_is_shown_without_what_may_be_secret(url: str, shown: str) -> None
     assert without_secrets(f"403, url='{url}' (no)") == f"403, url='{shown}' (no)"
 
 
+@pytest.mark.goal("S-b")
 def test_a_redacted_recipe_is_the_same_recipe_but_for_the_secrets() -> None:
     pool = {"format": "webdataset", "path": ["s3://k:s@b/{0..9}.tar", "/local/*.tar"]}
     text = resolved(recipe_of({"pool": pool, "select": [{"list": {"deny": "http://h/d.txt?token=1", "on": "url"}}]}))
@@ -321,6 +351,7 @@ def test_a_redacted_recipe_is_the_same_recipe_but_for_the_secrets() -> None:
     assert resolved(again) == text
 
 
+@pytest.mark.goal("S-b")
 def test_a_machine_does_not_show_its_storage_options(tmp_path: Path) -> None:
     assert SECRET not in repr(Machine(storage_options={"s3": {"secret": SECRET}}))
     (tmp_path / "machine.yaml").write_text(f"storage_options: {{s3: {SECRET}}}")
@@ -360,6 +391,7 @@ def refusing() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.goal("S-b")
 @pytest.mark.parametrize(
     ("key", "pool", "run", "code", "message"),
     [

@@ -100,6 +100,7 @@ def test_a_large_file_that_could_not_be_finished_leaves_nothing(root: Root) -> N
     assert folder is None or [path.name for path in folder.iterdir()] == ["file"]
 
 
+@pytest.mark.goal("R10")
 def test_what_a_killed_process_left_half_written_is_swept_where_it_is_asked(tmp_path: Path) -> None:
     root = Root(str(tmp_path))
     for path in (".tmp-1", "ours/.tmp-2", "ours/deep/.tmp-3", "store/.tmp-4", "ours/kept"):

@@ -16,7 +16,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipeline.arrow import hexes, unfixed
-from pipeline.cluster import ASSIGNED, Clustering, Clusters, health, nobody, sums_of
+from pipeline.cluster import ASSIGNED, MOST_PER_CLUSTER, Clustering, Clusters, health, nobody, sums_of
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
@@ -219,7 +219,7 @@ class Dedup:
     clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     keep: Literal["hard", "easy", "random"] = "hard"
     rule: Literal["official", "greedy"] = "official"
-    sample_per_cluster: Annotated[int, Field(ge=1)] = 10_000
+    sample_per_cluster: Annotated[int, Field(ge=1, le=MOST_PER_CLUSTER)] = 10_000
     iterations: Annotated[int, Field(ge=1)] = 20
     passes: Annotated[int, Field(ge=0)] = 0
 
@@ -233,7 +233,9 @@ class Dedup:
     def apply(self, step: Step) -> Outcome:
         if not step.survivors:
             return nobody(step)
-        found = Clustering(self.count(step.survivors), self.sample_per_cluster, self.iterations, self.passes).fit(step, self.space)
+        found = Clustering(self.count(step.survivors), self.sample_per_cluster, self.iterations, self.passes).fit(
+            step, self.space
+        )
         compared = self.compare(step, found)
         groups = len(step.state)
         repeat = DropRepeats(step.number, self._min_cos)

@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipeline.arrow import hexes
-from pipeline.cluster import Clustering, centroids_of, health, nobody, sums_of
+from pipeline.cluster import MOST_PER_CLUSTER, Clustering, centroids_of, health, nobody, sums_of
 from pipeline.exact import taken
 from pipeline.machine import Machine
 from pipeline.parts import given, to_parquet
@@ -180,7 +180,7 @@ class Density:
     of: Base = "survivors"
     pick: Literal["hard", "easy", "random"] = "hard"
     floor: Annotated[int, Field(ge=0)] = 1
-    sample_per_cluster: Annotated[int, Field(ge=1)] = 10_000
+    sample_per_cluster: Annotated[int, Field(ge=1, le=MOST_PER_CLUSTER)] = 10_000
     iterations: Annotated[int, Field(ge=1)] = 20
     passes: Annotated[int, Field(ge=0)] = 2
 

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -64,6 +65,7 @@ def test_a_fraction_of_the_pool_counts_every_listed_sample():
     assert json.loads(outcome.files["cut.json"])["base"] == 4
 
 
+@pytest.mark.goal("R13")
 def test_rows_without_a_score_go_first_and_never_fill_a_quota(caplog):
     with caplog.at_level(logging.WARNING):
         step, outcome = cut(Cut("clip", keep=3), [0.2, None, math.nan, math.inf, -math.inf, -0.5])

@@ -178,9 +178,9 @@ def test_fifty_thousand_clusters_of_ten_billion_samples_are_shared_exactly_and_q
     total = int(high.sum() * 0.3)
     target = total * density.softmax(rng.gamma(4, 0.02, 50_000), 0.1)
     low = np.minimum(1, high)
-    begin = time.perf_counter()
+    begin = time.process_time()
     quota = density.allocate(target, low, high, total)
-    assert time.perf_counter() - begin < 1  # 0.03 s when the machine is idle
+    assert time.process_time() - begin < 1  # 0.03 s
     assert quota.sum() == total
     assert ((low <= quota) & (quota <= high)).all()
     inside = (low < quota) & (quota < high)
