@@ -288,9 +288,7 @@ def _left(rule: Rule, alive: int, facts: Facts, number: int) -> int | None:
     """Rows that a step leaves, or None where its parameters do not say."""
     if isinstance(rule, Filter):
         return round(alive * facts.passing[number])
-    if isinstance(rule, Random):
-        return min(alive, asked(rule.keep, facts.rows if rule.of == "pool" else alive))
-    if isinstance(rule, (Cut, Density)) and rule.keep is not None:
+    if isinstance(rule, (Random, Cut, Density)) and rule.keep is not None:
         return min(alive, asked(rule.keep, facts.rows if rule.of == "pool" else alive))
     return None
 

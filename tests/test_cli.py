@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -145,7 +146,7 @@ def test_an_unknown_command_or_option_is_named(capsys: pytest.CaptureFixture[str
 
 
 def test_every_command_of_the_contract_is_there_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("run", "explain", "verify", "report", "status", "sample", "doctor", "train-filter", "gc"):
+    for command in ("run", "explain", "verify", "report", "status", "sample", "doctor", "train-filter", "gc", "plan"):
         assert main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith("Usage: pairsieve " + command)
 
@@ -191,6 +192,8 @@ def test_runs_are_looked_at_by_the_other_commands(
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "finished"
     assert any(line.split() == ["read", "1", "2", "done"] for line in shown)
+    assert re.fullmatch(r"its workers held \S+ core-hours and 0 GPU-hours", shown[-3])
+    assert re.fullmatch(r"it keeps [\d.]+ kB in its store and [\d.]+ kB beside it", shown[-2])
     assert "no run is here" in refused(capsys, 2, "status", str(tmp_path / "nothing"))
 
     assert main(["gc", str(directory / "store")]) == 0
