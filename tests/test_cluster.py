@@ -84,7 +84,7 @@ def test_calls_of_ray_that_fail_change_nothing(tmp_path: Path, record_property: 
 def test_a_unit_that_never_ends_is_killed_tried_elsewhere_and_named_and_the_rest_is_committed(
     tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
-    deadline_s = 4.0
+    deadline_s = 8.0  # a worker imports what it needs within the deadline of its first unit
     machine = Machine(workers=2, unit_deadline_s=deadline_s, scratch=str(tmp_path))
     executor = RayExecutor(machine)
     try:

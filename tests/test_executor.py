@@ -13,7 +13,7 @@ from pipeline.executor import Executor, Failure, Serial
 from pipeline.machine import Machine
 from tests.toy_workers import Broken, Environment, Fatal, Square
 
-DEADLINE_S = 4.0
+DEADLINE_S = 6.0
 
 
 @pytest.fixture(scope="module")

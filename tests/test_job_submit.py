@@ -13,11 +13,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from jobs import cli
+from jobs.entry import INTERRUPTED
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from tests.pools import datacomp_pool
@@ -40,22 +42,44 @@ print("answers", answers)
 
 SLEEPER = """
 import sys
+from jobs.entry import main
 from pipeline.machine import Machine
 from pipeline.ray_executor import RayExecutor
 from tests.toy_workers import Fatal
 
-executor = RayExecutor(Machine(threads=1, workers=2))
+def sleep(marks: str) -> int:
+    executor = RayExecutor(Machine(threads=1, workers=2))
+    try:
+        list(executor.each(Fatal(marks), [("sleep", 600.0), ("sleep", 601.0)]))
+    finally:
+        executor.close()
+    return 0
+
+sys.exit(main([sleep]))
+"""
+
+
+JOINER = """
+import sys
+from pipeline.errors import UserError
+from pipeline.machine import Machine
+from pipeline.ray_executor import RayExecutor
+
 try:
-    list(executor.each(Fatal(sys.argv[1]), [("sleep", 600.0), ("sleep", 601.0)]))
-finally:
-    executor.close()
+    RayExecutor(Machine(threads=1), sys.argv[1]).close()
+    print("joined")
+except UserError as error:
+    print(error)
 """
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A free one of those that neither Linux nor Ray gives out by itself, so that it is still free when it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def status(url: str, token: str | None) -> int:
@@ -87,8 +111,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """A head of two CPUs in a process group of its own, which is all that is ended afterwards."""
+def head(environment: dict[str, str]) -> Iterator[tuple[str, dict[str, str], str]]:
+    """URL of the dashboard, environment with the token, and address of a head of two CPUs.
+
+    It has a process group of its own, which is all that is ended afterwards.
+    """
     environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     port, dashboard = free_port(), free_port()
     # Not in pytest's folder: the path of a Unix socket has at most 107 characters.
@@ -108,21 +135,23 @@ def head(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         try:
             url = f"http://127.0.0.1:{dashboard}"
             wait_for(lambda: status(f"{url}/api/version", environment["RAY_AUTH_TOKEN"]) == 200, 90)
-            yield url, environment
+            yield url, environment, f"127.0.0.1:{port}"
         finally:
             process.terminate()  # --block ends what it started
             process.wait(60)
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.goal("S-e")
 def test_a_submitted_job_runs_and_nobody_gets_in_without_the_token(
-    head: tuple[str, dict[str, str]], tmp_path: Path
+    head: tuple[str, dict[str, str], str], tmp_path: Path, record_property: pytest.RecordProperty
 ) -> None:
-    url, environment = head
+    url, environment, _ = head
     for path in ("/api/version", "/api/jobs/"):
         assert status(url + path, None) in (401, 403)
         assert status(url + path, "0" * 64) in (401, 403)
         assert status(url + path, environment["RAY_AUTH_TOKEN"]) == 200
+    record_property("figure", "dashboard: 401 or 403 without the token or with another, 200 with it; a job runs")
     job = tmp_path / "job"
     shutil.copytree(ROOT / "pipeline", job / "pipeline", ignore=shutil.ignore_patterns("tiny", "__pycache__"))
     shutil.copy(ROOT / "tests" / "toy_workers.py", job)
@@ -144,6 +173,25 @@ def test_a_submitted_job_runs_and_nobody_gets_in_without_the_token(
     assert "answers [(0, 'token'), (1, '1')]" in done.stdout
 
 
+@pytest.mark.goal("S-e")
+@pytest.mark.campaign
+def test_a_driver_with_another_token_is_refused(
+    head: tuple[str, dict[str, str], str], record_property: pytest.RecordProperty
+) -> None:
+    _, environment, address = head
+    answers = {}
+    for token in (environment["RAY_AUTH_TOKEN"], "0" * 64):
+        command = [sys.executable, "-c", JOINER, address]
+        joined = subprocess.run(
+            command, cwd=ROOT, env=environment | {"RAY_AUTH_TOKEN": token}, capture_output=True, text=True, timeout=120
+        )
+        answers[token] = joined.stdout.splitlines()[-1]
+    right, wrong = answers.values()
+    assert right == "joined"
+    assert wrong.startswith(f"RAY_ADDRESS: {address}: ") and wrong.endswith("is RAY_AUTH_TOKEN the cluster's?")
+    record_property("figure", "gRPC: a driver with another token does not get into the cluster")
+
+
 def test_an_interrupted_driver_ends_within_five_seconds_and_leaves_no_token_behind(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -156,7 +204,7 @@ def test_an_interrupted_driver_ends_within_five_seconds_and_leaves_no_token_behi
         driver.send_signal(signal.SIGINT)
         _, errors = driver.communicate(timeout=30)
         assert time.monotonic() - began < 5
-    assert driver.returncode != 0 and "KeyboardInterrupt" in errors
+    assert driver.returncode == INTERRUPTED, errors
     assert list(Path(environment["HOME"]).rglob("*")) == []
 
 
@@ -176,9 +224,9 @@ def test_an_address_without_a_cluster_is_the_users_mistake(address: str, message
 
 
 def test_the_documented_command_curates_on_a_cluster_what_serial_curates_here(
-    head: tuple[str, dict[str, str]], tmp_path: Path
+    head: tuple[str, dict[str, str], str], tmp_path: Path
 ) -> None:
-    url, environment = head
+    url, environment, _ = head
     datacomp_pool(tmp_path / "pool", 3, 40, seed=5)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
