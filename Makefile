@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test trust bench fast check clean
+.PHONY: install demo chromium test trust bench fast check clean
 
 install: $(STAMP)
 
@@ -17,13 +17,16 @@ demo: $(STAMP)
 	test -d demo/pool || $(BIN)/pairsieve sample demo/pool
 	$(BIN)/pairsieve run conf/recipes/demo.yaml --run demo/run --machine conf/machines/laptop.yaml
 
-# All that CI runs.
-test: $(STAMP) check
+# Draws reports in tests.
+chromium:
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y -qq chromium)
+
+# All that CI runs.
+test: $(STAMP) check chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not campaign'
 
 # Every goal of jobs/trust.py with its figure: hundreds of kills and storage faults, a cluster that loses a node.
-trust: $(STAMP)
+trust: $(STAMP) chromium
 	$(BIN)/python -m jobs.trust
 
 # Against peers and the machine's limits: bench.json and bench.svg. Leave the machine alone meanwhile.
