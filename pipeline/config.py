@@ -22,7 +22,8 @@ T = TypeVar("T")
 class _NoAlias(yaml.SafeLoader):
     """A safe loader without anchors: their expansion grows without bound (reliability.md S9).
 
-    Only true and false are booleans, as in YAML 1.2: `on` is a key of the list rule, `no` the code of a language.
+    Only true and false are booleans, as in YAML 1.2: `on` is a key of the list rule, `no` the code of a language. And
+    1e-3 is a number, as it is there.
     """
 
     yaml_implicit_resolvers = {
@@ -39,6 +40,26 @@ class _NoAlias(yaml.SafeLoader):
 _NoAlias.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+
+
+_EXPONENT = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+_NoAlias.add_implicit_resolver(*_EXPONENT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that the loader would take for a number."""
+
+
+_Dumper.add_implicit_resolver(*_EXPONENT)
+
+
+def dump_yaml(value: Any) -> str:
+    """Plain data as YAML, keys in their order; `parse_yaml` of it gives the same data."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from pipeline.config import first_fault, load_yaml, nearest, parse_yaml, validate
+from pipeline.config import dump_yaml, first_fault, load_yaml, nearest, parse_yaml, validate
 from pipeline.errors import UserError
 from pipeline.pool import Pool
 from pipeline.select.cut import Cut
@@ -263,7 +262,7 @@ def resolved(recipe: Recipe) -> str:
     plain["pool"]["path"] = redacted(path) if isinstance(path, str) else [redacted(item) for item in path]
     rules = zip(plain["select"], recipe.select, strict=True)
     plain["select"] = [{name: keys | _places(rule)} for (name, keys), (_, rule) in rules]
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return dump_yaml(plain)
 
 
 def _places(rule: Rule) -> dict[str, str]:

@@ -210,6 +210,22 @@ def test_only_true_and_false_are_booleans(tmp_path):
         load_recipe(written(tmp_path, f"{text}embed_all: yes\n"))
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.e-3", "0.1e-2", ".001", "10.0e-4"])
+def test_a_number_with_an_exponent_is_a_number(tmp_path, text):
+    recipe = load_recipe(written(tmp_path, FULL.replace("epsilon: 0.07", f"epsilon: {text}")))
+    assert recipe.select[2][1].epsilon == 0.001
+    changed = load_recipe(written(tmp_path, FULL), [f"select.2.dedup.epsilon={text}"])
+    assert changed.select[2][1].epsilon == 0.001
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E5", ".1e5", "1e", "e5", "1e5x", "on", "1.5"])
+def test_text_that_looks_like_a_number_stays_text_in_the_resolved_recipe(tmp_path, text):
+    recipe = load_recipe(written(tmp_path, FULL.replace("{equals: 2.5}", f"{{equals: '{text}'}}")))
+    again = load_recipe(written(tmp_path, resolved(recipe)))
+    assert again.select[1][1].columns["x"].equals == text
+    assert again == recipe
+
+
 def test_a_recipe_needs_a_pool():
     with pytest.raises(UserError, match=r"^recipe.pool: required, but missing$"):
         recipe_of({"select": []})
