@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from jobs.cli import main
 from jobs.plan import figure
@@ -241,6 +244,10 @@ def test_rates_of_a_gpu_that_is_not_here_are_taken_as_stated(tmp_path: Path) -> 
     for other in (without, Machine(device="auto", gpus=1)):
         with pytest.raises(UserError, match=r"machine\.rates\.images_per_s: state ViT-\w-\d\d; it cannot be measured"):
             probe(recipe_of(plain), other)
+    plain["models"] = {"x": {"arch": "ViT-B-23", "weights": "openai"}}
+    unknown = machine.model_copy(update={"rates": Rates(source="somebody", images_per_s={"ViT-B-23": 500})})
+    with pytest.raises(UserError, match="open_clip has no architecture 'ViT-B-23'"):
+        probe(recipe_of(plain), unknown)
 
 
 def test_weights_that_are_not_there_are_the_users_mistake_on_a_processor(tmp_path: Path) -> None:
@@ -251,6 +258,19 @@ def test_weights_that_are_not_there_are_the_users_mistake_on_a_processor(tmp_pat
     }
     with pytest.raises(UserError, match="there is no file"):
         probe(recipe_of(plain), Machine(device="cpu"))
+
+
+def test_images_that_cannot_be_decoded_are_not_usable(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(picture, "JPEG")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for key, image in enumerate([picture.getvalue(), picture.getvalue()[:-200]]):
+            for suffix, data in (("jpg", image), ("txt", b"a caption")):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    plain = {"pool": {"format": "webdataset", "path": str(tmp_path)}, "models": {"small": {"weights": "tiny"}}}
+    assert probe(recipe_of(plain), Machine(device="cpu", workers=1)).facts.usable == 0.5
 
 
 def test_a_pool_without_samples_is_the_users_mistake(tmp_path: Path) -> None:
