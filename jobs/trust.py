@@ -1,7 +1,7 @@
 """`make trust`, also `python -m jobs.trust`: every promise about crashes, storage and hostile input, measured here.
 
 A goal is measured by the tests that carry its id (`@pytest.mark.goal("R1")`); what they record as `figure` is shown.
-Runs in a checkout: the tests are no part of the package.
+Runs in a checkout, where the tests are, and two tests at a time.
 """
 
 from __future__ import annotations
@@ -55,17 +55,19 @@ class Goals:
     Attributes:
         asked: ids of the goals to measure.
         of_test: node id -> those that it measures.
+        tests: node ids of those to run.
         passed: goal -> tests that held.
         failed: goal -> node ids of tests that did not.
-        figures: goal -> what was measured.
+        figures: goal -> node ids, each with what was measured.
         seconds: goal -> time taken.
     """
 
     asked: list[str]
     of_test: dict[str, list[str]] = field(default_factory=dict)
+    tests: list[str] = field(default_factory=list)
     passed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     failed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    figures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    figures: dict[str, list[tuple[str, str]]] = field(default_factory=lambda: defaultdict(list))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -78,6 +80,7 @@ class Goals:
             for item in items
             if self.of_test[item.nodeid] and (item.get_closest_marker("campaign") or _function(item) not in large)
         ]
+        self.tests = [item.nodeid for item in items]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for goal in self.of_test.get(report.nodeid, []):
@@ -86,14 +89,16 @@ class Goals:
                 self.failed[goal].append(report.nodeid)
             elif report.when == "call":
                 self.passed[goal] += 1
-                self.figures[goal] += [str(value) for name, value in report.user_properties if name == "figure"]
+                found = [str(value) for name, value in report.user_properties if name == "figure"]
+                self.figures[goal] += [(report.nodeid, figure) for figure in found]
 
     def line(self, goal: str) -> str:
         """One goal: its id, whether it holds, what it says, tests, seconds and figures."""
         state = "ok" if self.holds(goal) else "FAILED" if self.failed[goal] else "NOT MEASURED"
         about = f"{self.passed[goal]} tests, {self.seconds[goal]:.0f} s"
+        figures = [figure for _, figure in sorted(self.figures[goal])]
         failed = [f"failed: {test}" for test in dict.fromkeys(self.failed[goal])]
-        return "\n            ".join([f"{goal:<4} {state:<6} {GOALS[goal]} ({about})", *self.figures[goal], *failed])
+        return "\n            ".join([f"{goal:<4} {state:<6} {GOALS[goal]} ({about})", *figures, *failed])
 
     def holds(self, goal: str) -> bool:
         """Whether it was measured and no test of it failed."""
@@ -114,7 +119,10 @@ def trust(
             raise UserError(f"no goal is called {goal}; there are {', '.join(GOALS)}")
     found = Goals(goals or list(GOALS))
     began = time.monotonic()
-    code = pytest.main(["-m", "goal", "--tb=short", "--no-header"], plugins=[found])
+    code = pytest.main(["--collect-only", "-qq", "--no-summary", "-m", "goal"], plugins=[found])
+    if code == pytest.ExitCode.OK:
+        parallel = ["-n", "2", "--dist", "worksteal"]
+        code = pytest.main(["-m", "goal", "--tb=short", "--no-header", *parallel, *found.tests], plugins=[found])
     print("\n".join(found.line(goal) for goal in found.asked))
     held = sum(found.holds(goal) for goal in found.asked)
     print(f"{held} of {len(found.asked)} goals hold, measured in {(time.monotonic() - began) / 60:.0f} min")

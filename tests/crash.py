@@ -54,7 +54,7 @@ class Tally:
         self.wrong += [f"{name}: {', '.join(other)}"] if other else []
 
     def __str__(self) -> str:
-        spread = f" after {min(self.stages)} to {max(self.stages)} finished stages" if self.stages else ""
+        spread = f" after {min(self.stages)} to {max(self.stages)} finished stages" if any(self.stages) else ""
         return f"{self.kills} kills{spread}, {self.finished} runs finished, {len(self.wrong)} with wrong bytes"
 
 

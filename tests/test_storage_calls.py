@@ -67,6 +67,8 @@ def test_an_error_that_passes_is_tried_again(error: Exception) -> None:
         OSError(errno.EINVAL, "sent 5030 bytes"),
         NoCredentialsError(),
         ValueError("503"),
+        FileNotFoundError("bucket/503/SlowDown.tar"),
+        PermissionError("Access Denied: Timeout"),
     ],
 )
 def test_an_error_that_stays_is_raised_at_once(error: Exception) -> None:
@@ -155,8 +157,8 @@ def test_what_was_written_otherwise_is_written_again(
         if operation == "pipe_file":
             root.write("f", b"abc" * 100)
         else:
-            with root.writing("f") as path:
-                path.write_bytes(b"abc" * 100)
+            with root.writing(lambda _: "f") as file:
+                file.write(b"abc" * 100)
     finally:
         memory.etag = ""
     assert memory.plan.done and root.read("f") == b"abc" * 100
@@ -183,8 +185,8 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_before_anything_f
     root = Root(str(tmp_path))
 
     def built() -> None:
-        with root.writing("large") as path:
-            path.write_bytes(b"1")
+        with root.writing(lambda _: "large") as file:
+            file.write(b"1")
 
     assert calls_of(lambda: root.write("f", b"1")) == ["fsync", "replace", "fsync"]
     assert calls_of(lambda: root.create("g", b"1")) == ["fsync", "link", "fsync"]
