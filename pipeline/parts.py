@@ -19,6 +19,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from pipeline.errors import PairsieveError
+from pipeline.stage import Sink
 from pipeline.storage import Root
 
 INDEX = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
@@ -198,28 +199,29 @@ def _leaves(schema: pa.Schema) -> tuple[str, ...]:
     return tuple(parquet.column(i).path for i in range(len(parquet)))
 
 
-def to_shuffle(table: pa.Table, buckets: int) -> bytes:
-    """One blob of Arrow rows for each destination, then an index of where each lies and what it hashes to.
+def to_shuffle(table: pa.Table, buckets: int, out: Sink) -> None:
+    """Write one blob of Arrow rows for each destination, then an index of where each lies and what it hashes to.
+
+    Memory is that of the table and the largest blob.
 
     Args:
         table: rows with an int32 column `to` in [0, buckets); it is not stored.
         buckets: how many destinations there are.
+        out: the file.
     """
     to_N = table.column("to").to_numpy()
     order_N = np.argsort(to_N, kind="stable")
-    rows = table.drop_columns(["to"]).take(pa.array(order_N))
+    rows = table.drop_columns(["to"]).combine_chunks()
     ends = np.cumsum(np.bincount(to_N, minlength=buckets)) if len(to_N) else np.zeros(buckets, np.int64)
     index = np.zeros(buckets, INDEX)
-    out = io.BytesIO()
-    first = 0
+    first = written = 0
     for bucket in np.flatnonzero(np.diff(ends, prepend=0)):
         last = int(ends[bucket])
-        blob = _ipc(rows.slice(first, last - first))
-        index[bucket] = (out.tell(), len(blob), hashlib.sha256(blob).hexdigest().encode())
+        blob = _ipc(rows.take(pa.array(order_N[first:last])))
+        index[bucket] = (written, len(blob), hashlib.sha256(blob).hexdigest().encode())
         out.write(blob)
-        first = last
+        first, written = last, written + len(blob)
     out.write(index.tobytes())
-    return out.getvalue()
 
 
 def _ipc(table: pa.Table) -> bytes:

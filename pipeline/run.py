@@ -36,7 +36,7 @@ from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
 from pipeline.stage import Function, Made, Sink, Stage, Unit
-from pipeline.storage import HashedFile, Root, UnitFiles, scheme_of
+from pipeline.storage import Root, UnitFiles, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -285,17 +285,9 @@ def commit(
         raise SchemaError(f"{stage.name}: made {sorted(made.tables)}, declares {sorted(stage.outputs)}")
     files = {}
     for output, table in sorted(made.tables.items()):
-        data = to_parquet(table) if made.buckets is None else to_shuffle(table, made.buckets)
-        sha256 = _sha256(data)
-        path = f"{PARTS}/{stage.name}/{key[:2]}/{key}-{output}-{sha256[:16]}"
-        store.write(path, data)
-        files[output] = {
-            "path": path,
-            "sha256": sha256,
-            "bytes": len(data),
-            "rows": table.num_rows,
-            "buckets": made.buckets or 0,
-        }
+        stem = f"{PARTS}/{stage.name}/{key[:2]}/{key}-{output}"
+        described = publish(store, stem, table, made.buckets)
+        files[output] = {**described, "rows": table.num_rows, "buckets": made.buckets or 0}
     exports = {path: export(directory, path, write) for path, write in sorted(made.exports.items())}
     receipt: Receipt = {
         "key": key,
@@ -323,12 +315,28 @@ def commit(
     return first
 
 
+def publish(store: Root, stem: str, table: pa.Table, buckets: int | None) -> dict[str, Any]:
+    """Write one file of a part under a name that ends in its digest; its path, digest and length."""
+
+    def named(sha256: str) -> str:
+        return f"{stem}-{sha256[:16]}"
+
+    if buckets is None:
+        data = to_parquet(table)
+        sha256, length = _sha256(data), len(data)
+        store.write(named(sha256), data)
+    else:  # the vectors of hundreds of units: never a second time in memory
+        with store.writing(named) as file:
+            to_shuffle(table, buckets, file)
+        sha256, length = file.sha256, file.bytes
+    return {"path": named(sha256), "sha256": sha256, "bytes": length}
+
+
 def export(directory: Root, path: str, write: Callable[[Sink], object]) -> dict[str, Any]:
     """Publish one file of the run directory; its digest and length."""
-    with directory.writing(path) as local:
-        with HashedFile(local) as file:
-            write(file)
-        return {"sha256": file.sha256, "bytes": file.bytes}
+    with directory.writing(lambda _: path) as file:
+        write(file)
+    return {"sha256": file.sha256, "bytes": file.bytes}
 
 
 def _sha256(data: bytes) -> str:

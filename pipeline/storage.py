@@ -19,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -257,7 +257,7 @@ class Root:
             self._call(path, lambda full: _put(self._fs, full, bytes(data)))
 
     def create(self, path: str, data: bytes) -> bool:
-        """Put a whole file if there is none; False, and nothing changed, where one exists already."""
+        """Put a whole file if there is none; False where another is there, or these bytes arrived damaged."""
         if self._local:
             target = self._local / path
             with self._temporary(target) as temporary:
@@ -268,31 +268,33 @@ class Root:
                     return False
             sync_folder(target.parent)
             return True
-        try:
+        # An existing file is also the answer to a retry whose first try arrived without its acknowledgement, and what
+        # was created may hold other bytes: damaged, or another attempt's by now. So what is there decides.
+        with suppress(FileExistsError):
             self._call(path, lambda full: self._fs.pipe_file(full, data, mode="create"))
-        except FileExistsError:
-            # Also the answer to a retry whose first try arrived without its acknowledgement.
-            return self.read(path) == data
-        # Looked at without a second try: another attempt may have put its own in place by now.
-        if self.read(path) != data:
-            raise OSError(f"{redacted(self.url)}/{path}: holds other bytes than were created")
-        return True
+        return self.read(path) == data
 
     @contextmanager
-    def writing(self, path: str) -> Iterator[Path]:
-        """Build a large file on local disk; it is published whole when the block ends without an error."""
+    def writing(self, named: Callable[[str], str]) -> Iterator[HashedFile]:
+        """Build a large file on local disk; it is published whole when the block ends without an error.
+
+        Args:
+            named: the path by the SHA-256 of what was written; its folder is the same for all.
+        """
         if self._local:
-            with self._temporary(self._local / path) as temporary:
-                yield temporary
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(temporary, self._local / path)
-            sync_folder((self._local / path).parent)
+            with self._temporary(self._local / named("0" * 64)) as temporary:
+                with HashedFile(temporary) as file:
+                    yield file
+                    file.sync()
+                target = self._local / named(file.sha256)
+                os.replace(temporary, target)
+            sync_folder(target.parent)
             return
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / "part"
-            yield temporary
-            self._call(path, lambda full: _put(self._fs, full, temporary))
+            with HashedFile(temporary) as file:
+                yield file
+            self._call(named(file.sha256), lambda full: _put(self._fs, full, temporary))
 
     def bytes(self, path: str) -> int | None:
         """Length of a file, or None where there is none."""
@@ -439,6 +441,11 @@ class HashedFile:
         self.bytes += len(data)
         self._digest.update(data)
         return self._file.write(data)
+
+    def sync(self) -> None:
+        """Have it outlive a power cut."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 class UnitFiles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -463,7 +464,9 @@ def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_whate
     for at, rows in enumerate(sent):
         to, value = ([row[i] for row in rows] for i in (0, 1))
         table = pa.table({"to": pa.array(to, pa.int32()), "value": pa.array(value, pa.int64())})
-        data = to_shuffle(table, 5)
+        out = io.BytesIO()
+        to_shuffle(table, 5, out)
+        data = out.getvalue()
         store.write(f"{at}", data)
         files.append(File(f"{at}", digest([at, rows]), len(data), len(rows), buckets=5))
     dataset = Dataset("sent", "key", tuple(Part(f"{at}", (file,)) for at, file in enumerate(files)))

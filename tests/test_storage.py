@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.storage import HashedFile, Root, redacted, scheme_of, sha256_of
+from pipeline.storage import Root, redacted, scheme_of, sha256_of
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -76,20 +76,22 @@ def test_deleting_a_file_that_is_not_there_is_no_error(root: Root) -> None:
 
 
 def test_a_large_file_appears_when_it_is_whole(root: Root) -> None:
-    with root.writing("big/file") as local:
-        local.write_bytes(b"part one, ")
+    with root.writing(lambda sha256: f"big/{sha256[:4]}") as file:
+        file.write(b"part one, ")
         assert root.list() == {}
-        with open(local, "ab") as more:
-            more.write(b"part two")
-    assert root.read("big/file") == b"part one, part two"
+        file.write(b"part two")
+    sha256 = hashlib.sha256(b"part one, part two").hexdigest()
+    assert (file.sha256, file.bytes) == (sha256, 18)
+    assert root.list() == {f"big/{sha256[:4]}": 18}
+    assert root.read(f"big/{sha256[:4]}") == b"part one, part two"
 
 
 def test_a_large_file_that_could_not_be_finished_leaves_nothing(root: Root) -> None:
     root.write("big/file", b"old")
 
     def fail() -> None:
-        with root.writing("big/file") as local:
-            local.write_bytes(b"half")
+        with root.writing(lambda _: "big/file") as file:
+            file.write(b"half")
             raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
@@ -123,11 +125,3 @@ def test_other_schemes_are_refused(url: str) -> None:
 def test_secrets_of_a_url_are_not_shown() -> None:
     assert redacted("https://me:secret@host/path?token=1#x") == "https://host/path"
     assert redacted("/a/local?path") == "/a/local?path"
-
-
-def test_a_file_is_hashed_as_it_is_written(tmp_path: Path) -> None:
-    with HashedFile(tmp_path / "f") as file:
-        file.write(b"one ")
-        file.write(b"two")
-    assert (tmp_path / "f").read_bytes() == b"one two"
-    assert (file.sha256, file.bytes) == (hashlib.sha256(b"one two").hexdigest(), 7)

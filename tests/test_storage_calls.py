@@ -164,6 +164,15 @@ def test_what_was_written_otherwise_is_written_again(
     assert memory.plan.done and root.read("f") == b"abc" * 100
 
 
+@pytest.mark.parametrize("fault", ["short write", "torn write", "flipped bit", "lost acknowledgement", "done twice"])
+def test_what_was_created_counts_when_it_arrived_whole(memory: type[FaultyMemory], fault: str) -> None:
+    memory.plan = Plan("pipe_file", fault, 1)
+    root = Root("memory://root")
+    arrived = fault in ("lost acknowledgement", "done twice")
+    assert root.create("f", b"abc" * 100) == arrived
+    assert (root.read("f") == b"abc" * 100) == arrived
+
+
 def calls_of(do: Callable[[], Any]) -> list[str]:
     """Names of the calls that make a file lasting, in order."""
     made: list[str] = []

@@ -10,7 +10,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 RUNS = 5
 
@@ -102,3 +108,10 @@ def peak_rss_bytes() -> int:
     """Most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def alone(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, int]:
+    """What work gives in a process of its own, and the most memory that process held: bytes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        result = process.submit(work, *args, **kwargs).result()
+        return result, process.submit(peak_rss_bytes).result()

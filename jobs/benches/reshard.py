@@ -6,16 +6,14 @@ unit after unit, np.isin has to hold all uids at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds
+from jobs.benches.measure import Row, alone, paired, seconds
 from pipeline.executor import Serial
 from pipeline.machine import Machine
 from pipeline.parts import given
@@ -47,12 +45,12 @@ def measure(scratch: Path) -> Iterator[Row]:
     rows = SHARDS * ROWS
     pairs, memory_mb = [], []
     for number in range(1, RUNS + 1):
-        own_s, own_mb = alone(list_step, scratch, SHARDS, number)
-        other_s, other_mb = alone(isin, scratch, SHARDS, number)
+        own_s, own_bytes = alone(list_step, scratch, SHARDS, number)
+        other_s, other_bytes = alone(isin, scratch, SHARDS, number)
         pairs.append((rows / own_s / 1e6, rows / other_s / 1e6))
-        memory_mb.append((alone(list_step, scratch, SMALL, number)[1], own_mb))
+        memory_mb.append((alone(list_step, scratch, SMALL, number)[1] / 1e6, own_bytes / 1e6))
     name = f"reshard: {rows / 1e6:.0f}M uids against a subset of {NAMED:.0%}, one core"
-    yield paired(name, f"np.isin (which took {other_mb:.0f} MB)", 1, "M rows/s", pairs)
+    yield paired(name, f"np.isin (which took {other_bytes / 1e6:.0f} MB)", 1, "M rows/s", pairs)
     yield paired(f"reshard: peak memory for {SMALL * ROWS / 1e6:.1f}M uids", "for all", 0.9, "MB", memory_mb)
 
 
@@ -77,16 +75,9 @@ def write_pool(folder: Path) -> None:
         np.save(folder.parent / f"subset-{number}.npy", pair_M[np.lexsort((pair_M["f1"], pair_M["f0"]))])
 
 
-def alone(work: Callable[[Path, int, int], tuple[float, float]], *of: object) -> tuple[float, float]:
-    """Seconds and peak MB of work in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(work, *of).result()  # type: ignore[arg-type]
-
-
-def list_step(scratch: Path, shards: int, number: int) -> tuple[float, float]:
-    """Our step over a pool that has been read."""
-    run = Run(Root(str(scratch / "store")), Root(str(scratch)), Serial(), MACHINE)
-    return select(scratch, shards, number, run), peak_rss_bytes() / 1e6
+def list_step(scratch: Path, shards: int, number: int) -> float:
+    """Our step over a pool that has been read, in this process."""
+    return select(scratch, shards, number, Run(Root(str(scratch / "store")), Root(str(scratch)), Serial(), MACHINE))
 
 
 def select(scratch: Path, shards: int, number: int, run: Run) -> float:
@@ -101,17 +92,17 @@ def select(scratch: Path, shards: int, number: int, run: Run) -> float:
     return seconds(lambda: rule.apply(step))
 
 
-def isin(scratch: Path, shards: int, number: int) -> tuple[float, float]:
-    """np.isin over the uids as they come from the metadata, all at once: the faster way, which sorts the list once."""
+def isin(scratch: Path, shards: int, number: int) -> float:
+    """Seconds of np.isin over all uids at once, as they come from the metadata: so it sorts the list only once."""
 
     def join() -> np.ndarray:
         paths = sorted((scratch / "pool").glob("*.parquet"))[:shards]
         uid_N = np.concatenate([hexes(pq.read_table(path, columns=["uid"]).column(0)) for path in paths])
-        pair_M = np.load(scratch / f"subset-{number}.npy")
+        pair_M = np.load(scratch / f"subset-{number}.npy", allow_pickle=False)
         listed_M = np.frombuffer(pair_M.view("<u8").astype(">u8").tobytes().hex().encode(), "S32")
         return np.isin(uid_N, listed_M)
 
-    return seconds(join), peak_rss_bytes() / 1e6
+    return seconds(join)
 
 
 def hexes(column: pa.ChunkedArray) -> np.ndarray:
