@@ -67,7 +67,7 @@ class Embed:
     spare: tuple[Any, ...] = ()
     file: str | None = field(default=None, metadata={"place": True})
     name: ClassVar[str] = "embed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("vectors",)
     exact: ClassVar[bool] = False
 

@@ -6,10 +6,14 @@ unit length. The only module beside train.py that imports torch or open_clip.
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -23,6 +27,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import TextTransformer
 from PIL import Image
 from safetensors import SafetensorError
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.transforms import Resize
+from torchvision.transforms.v2.functional import resize_image
 
 from pipeline import tiny
 from pipeline.config import nearest
@@ -43,6 +50,9 @@ LENGTH_STEP = 4
 CACHED_WORDS = 1_000_000
 """Words whose tokens open_clip's tokenizer may remember before it starts anew: it never forgets one by itself."""
 DTYPE = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+KEPT_BYTES = 256 << 20
 CPU_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
 
@@ -205,6 +215,8 @@ class Framing:
     def build(self) -> Callable[[Image.Image], Uint8s]:
         """open_clip's own transform but for its last two steps (to tensor, normalise).
 
+        An RGB image is resized by torch, six times as fast as by Pillow; levels differ by at most 1, in few pixels.
+
         Returns:
             A function from an image of any mode to uint8, shape (height, width, 3); safe in threads. It raises
             ValueError for an image so thin that nothing of it is left.
@@ -218,18 +230,30 @@ class Framing:
             ),
             is_train=False,
         )
-        steps = transform.transforms[:-2]
+        resize, *steps = transform.transforms[:-2]
 
         def frame(image: Image.Image) -> Uint8s:
             if self.resize_mode == "shortest":
                 image = _shortened(image, max(self.size))
+            if image.mode == "RGB" and isinstance(resize, Resize):
+                return _resized(image, resize, steps[:-1])
             if isinstance(image.info.get("transparency"), bytes):
                 del image.info["transparency"]  # Pillow would only remark that RGB cannot hold it
-            for step in steps:
+            for step in (resize, *steps):
                 image = step(image)
             return np.asarray(image)
 
         return frame
+
+
+def _resized(image: Image.Image, resize: Resize, crops: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Uint8s:
+    """What `resize` and then `crops` make of an RGB image."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    size = [resize.size] if isinstance(resize.size, int) else list(resize.size)
+    pixels = resize_image(pixels, size, resize.interpolation)
+    for crop in crops:
+        pixels = crop(pixels)
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def _shortened(image: Image.Image, side: int) -> Image.Image:
@@ -277,22 +301,25 @@ class Encoder:
             UserError: the file is damaged, holds more than weights, or does not fit the architecture.
         """
         torch.set_num_threads(threads)
+        keep_freed_memory()
         torch.backends.cudnn.allow_tf32 = False
         self.device = torch.device(numerics.device)
         self.model = _load(weights)
-        # bf16 moved scores of an EfficientNet by up to 0.06; vectors of ViT-B-32 keep a cosine above 0.9999. Casting
-        # weights is as close to float32 as autocast, and on a processor 4 times as fast.
-        batch_norm = any(isinstance(module, torch.nn.BatchNorm2d) for module in self.model.visual.modules())
-        (self.model.text if batch_norm else self.model).to(DTYPE[numerics.precision])
-        self.model.to(self.device)
-        self.image_dtype = next(self.model.visual.parameters()).dtype
-        self.tokenizer = _tokenizer(weights)
-        self.halved = 0
         config = PreprocessCfg(**self.model.visual.preprocess_cfg)
         size = config.size if isinstance(config.size, int) else tuple(config.size)
         self.framing = Framing(
             (size, size) if isinstance(size, int) else size, config.interpolation, config.resize_mode, config.fill_color
         )
+        # bf16 moved scores of an EfficientNet by up to 0.06; vectors of ViT-B-32 keep a cosine above 0.9999. Casting
+        # weights is as close to float32 as autocast, and on a processor 4 times as fast.
+        batch_norm = any(isinstance(module, torch.nn.BatchNorm2d) for module in self.model.visual.modules())
+        (self.model.text if batch_norm else self.model).to(DTYPE[numerics.precision])
+        if batch_norm:
+            self.model.visual = folded(self.model.visual, _noise(self.framing))
+        self.model.to(self.device)
+        self.image_dtype = next(self.model.visual.parameters()).dtype
+        self.tokenizer = _tokenizer(weights)
+        self.halved = 0
         self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
         self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
         self.causal_mask = causal_mask(self.model.text)
@@ -429,6 +456,44 @@ def _load(weights: Weights) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"weights: {weights.path!r}: cannot be loaded as {weights.arch}: {reason}") from None
     return model.eval().to(memory_format=torch.channels_last)
+
+
+def _noise(framing: Framing) -> torch.Tensor:
+    """float32 (2, 3, height, width): pixels that show whether two towers are one."""
+    return torch.randn(2, 3, *framing.size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def folded(tower: Any, pixels_BCHW: torch.Tensor) -> Any:
+    """An image tower with each batch normalisation folded into the convolution before it: a fifth faster.
+
+    Args:
+        tower: in float32, ready to infer.
+        pixels_BCHW: float32; both towers are tried on them.
+
+    Returns:
+        A copy whose vectors differ by rounding only; or `tower` itself, where they differ by more because the
+        convolution that stands before a normalisation is not what it normalises.
+    """
+    found = copy.deepcopy(tower)
+    for parent in found.modules():
+        for (before, conv), (after, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, torch.nn.Conv2d) and isinstance(norm, torch.nn.BatchNorm2d):
+                setattr(parent, before, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's bring their activation
+    same = torch.allclose(found(pixels_BCHW), tower(pixels_BCHW), rtol=1e-3, atol=1e-4)
+    return found if same else tower
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep up to KEPT_BYTES that were freed, blocks of any smaller size included.
+
+    It would give the large ones back, and zero their pages anew for every layer: a quarter of the time of a
+    convolutional tower on a processor.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _tokenizer(weights: Weights) -> Any:

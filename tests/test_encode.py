@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline import tiny
-from pipeline.encode import Encoder, Framing, Numerics, Weights, batches, in_halves, numerics, resolve
+from pipeline.encode import (
+    Encoder,
+    Framing,
+    Numerics,
+    Weights,
+    batches,
+    folded,
+    in_halves,
+    keep_freed_memory,
+    numerics,
+    resolve,
+)
 from pipeline.errors import UserError
 from pipeline.machine import Machine
 from tests import models
@@ -86,7 +98,7 @@ def test_images_equal_open_clip_called_by_hand(arch: str, files: dict[str, Path]
     assert vec_ND.dtype == np.float32
     assert vec_ND.shape == (len(images), encoders[arch].dims)
     assert cosines(vec_ND, expected).min() > 0.99999
-    assert np.abs(vec_ND - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(vec_ND - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("arch", models.CONFIGS)
@@ -143,6 +155,57 @@ def test_tiny_equals_open_clip_called_by_hand() -> None:
     assert cosines(encoder.texts(CAPTIONS, 4), texts).min() > 0.9999
 
 
+def test_a_norm_is_folded_into_its_convolution_by_hand() -> None:
+    conv, norm = torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1, eps=0)
+    for parameter, value in ((conv.weight, 3), (conv.bias, 1), (norm.weight, 8), (norm.bias, 5)):
+        torch.nn.init.constant_(parameter, value)
+    norm.running_mean.fill_(2)
+    norm.running_var.fill_(16)
+    tower = torch.nn.Sequential(conv, norm, torch.nn.ReLU()).eval()
+    found = folded(tower, torch.ones(2, 1, 2, 2))
+    assert found[0].weight.item() == 6  # 3 * 8 / sqrt(16)
+    assert found[0].bias.item() == 3  # (1 - 2) * 8 / sqrt(16) + 5
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in found.modules())
+    assert norm.bias.item() == 5 and tower[1] is norm
+
+
+def test_a_convolution_network_keeps_its_activations_and_loses_its_norms(files: dict[str, Path]) -> None:
+    arch = "tiny-test-timm"
+    tower = open_clip.create_model(arch, pretrained=str(files[arch])).visual.eval()
+    pixels = torch.randn(3, 3, 48, 48)
+    found = folded(tower, pixels)
+    kinds = [type(module).__name__ for module in found.modules()]
+    assert not any("BatchNorm" in kind for kind in kinds) and kinds.count("SiLU") > 4
+    with torch.no_grad():
+        assert cosines(found(pixels).numpy(), tower(pixels).numpy()).min() > 0.999999
+
+
+def test_a_norm_of_something_else_than_the_convolution_before_it_is_left_alone() -> None:
+    class Crossed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+            self.norm.running_var.fill_(4)
+
+        def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.norm(pixels_BCHW))
+
+    tower = Crossed().eval()
+    assert folded(tower, torch.ones(2, 3, 4, 4)) is tower
+
+
+@pytest.mark.parametrize("mib", [24, 90])
+def test_memory_that_a_layer_freed_serves_the_next_without_new_pages(mib: int) -> None:
+    keep_freed_memory()
+
+    def layer() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(mib << 18)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(layer() for _ in range(5)) < 100
+
+
 def test_batches_by_hand() -> None:
     lengths = np.array([3, 77, 4, 5, 3, 8, 9, 1])
     assert [rows.tolist() for rows in batches(lengths, 3)] == [[7, 0, 4], [2], [3, 5], [6], [1]]
@@ -183,7 +246,7 @@ FRAMINGS = [
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_a_frame_is_bit_equal_to_open_clips_transform(framing: Framing) -> None:
+def test_a_frame_is_that_of_open_clips_transform(framing: Framing) -> None:
     transform = image_transform_v2(
         PreprocessCfg(
             size=framing.size,
@@ -198,7 +261,9 @@ def test_a_frame_is_bit_equal_to_open_clips_transform(framing: Framing) -> None:
     frame = framing.build()
     for image in pictures():
         expected = transform(image).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        assert np.array_equal(frame(image), expected)
+        apart = np.abs(frame(image).astype(int) - expected)
+        assert apart.max() <= (image.mode == "RGB")
+        assert apart.mean() < 0.02
 
 
 @pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (3, 40000)])
