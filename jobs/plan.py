@@ -34,7 +34,8 @@ def plan(
     show(planned)
     if here.prices:
         show_money(planned, here.prices)
-    for note in (*found.notes, *assumed(planned)):
+    larger = ["the larger pool: shards, captions and damage as in this one"] if rows or bytes else []
+    for note in (*found.notes, *larger, *assumed(planned)):
         print(f"- {note}")
     return DONE
 
@@ -78,7 +79,7 @@ def assumed(planned: Plan) -> list[str]:
             found.append(f"{line.name}: {alone} of memory")
     if planned.unpredictable:
         found.append(f"what {', '.join(planned.unpredictable)} will drop is not known: counted as nothing")
-    return [*found, "all workers are busy to the end; machines that wait, and failures, are not counted"]
+    return [*found, "cores are as fast as here, all workers busy to the end; idle machines are not counted"]
 
 
 def figure(hours: float) -> str:

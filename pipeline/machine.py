@@ -69,7 +69,9 @@ class Machine(BaseModel):
     scratch: str | None = None
     """Folder for downloads and spills; null: the system's temporary folder."""
     prices: Prices | None = None
+    """For `plan` and the report; null: no money is named."""
     rates: Rates | None = None
+    """For `plan`, of GPUs that are not where it runs."""
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

@@ -293,9 +293,8 @@ def _speeds(
     if models.dims:
         embed_s["write"] = _write_s(models.dims)
     if models.encoders:
-        embed_s |= _forward_s(
-            models, machine, [f for s in shards for f in s.frames], [c for s in shards for c in s.captions]
-        )
+        frames, captions = [f for s in shards for f in s.frames], [c for s in shards for c in s.captions]
+        embed_s |= _forward_s(models, machine, frames, captions)
     train, assign, compare = _kernels(recipe, dims, machine.threads)
     return Speeds(
         read_s=sum(s.read_s for s in shards) / sum(s.bytes for s in shards),
@@ -314,21 +313,24 @@ def _forward_s(
     """Seconds per image and per caption through all towers, one after the other."""
     found = {"image": 0.0, "text": 0.0}
     for encoder in models.encoders:
-        at = models.framings.index(encoder.framing)
-
-        def towers(most: int, encoder: Encoder = encoder, at: int = at) -> tuple[float, float]:
-            starts = range(0, len(frames[:most]), machine.image_batch)
-            batches = [np.stack([f[at] for f in frames[i : min(most, i + machine.image_batch)]]) for i in starts]
-            return (
-                _timed(lambda: [encoder.images(batch)() for batch in batches])[1],
-                _timed(lambda: encoder.texts(captions[:most], machine.text_batch))[1],
-            )
-
-        towers(WARM)
-        image_s, text_s = towers(len(frames))
+        own = [frame[models.framings.index(encoder.framing)] for frame in frames]
+        _towers(encoder, machine, own[:WARM], captions[:WARM])
+        image_s, text_s = _towers(encoder, machine, own, captions)
         found["image"] += image_s / max(1, len(frames))
         found["text"] += text_s / max(1, len(frames))
     return found
+
+
+def _towers(
+    encoder: Encoder, machine: Machine, frames: Sequence[np.ndarray], captions: Sequence[str]
+) -> tuple[float, float]:
+    """Seconds of the image tower and of the text tower."""
+    size = machine.image_batch
+    batches = [np.stack(frames[i : i + size]) for i in range(0, len(frames), size)]
+    return (
+        _timed(lambda: [encoder.images(batch)() for batch in batches])[1],
+        _timed(lambda: encoder.texts(captions, machine.text_batch))[1],
+    )
 
 
 def _write_s(dims: Mapping[str, int]) -> float:

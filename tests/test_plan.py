@@ -303,8 +303,11 @@ def test_the_command_prints_work_bytes_money_and_what_it_assumes(
     assert any(row.startswith("EUR ") and "cores" in row for row in shown)
     assert "- what 01-dedup will drop is not known: counted as nothing" in shown
     assert any(row.startswith("- 01-dedup: ") and row.endswith(" in 537 MB of memory") for row in shown)
+    assert "- the larger pool: shards, captions and damage as in this one" in shown
     assert main(argv) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith("118 samples, ")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("118 samples, ")
+    assert not any("larger pool" in row for row in shown)
 
 
 def test_hours_and_bytes_have_the_unit_that_suits() -> None:
