@@ -308,7 +308,8 @@ def formats_of(recipe: Recipe, units: Sequence[Unit]) -> list[Literal["webdatase
     Raises:
         UserError: tars are asked for of a pool without tars.
     """
-    tars = all("tar" in unit.sources for unit in units)
+    # A webdataset pool may have lost a tar: its rows are known, but none of them is kept.
+    tars = recipe.pool.format == "webdataset" or all("tar" in unit.sources for unit in units)
     if recipe.write.formats is None:
         return ["webdataset", "parquet", "subset"] if tars else ["parquet", "subset"]
     if "webdataset" in recipe.write.formats and not tars:

@@ -436,3 +436,15 @@ def test_a_shard_that_changes_after_it_was_listed_is_never_copied(
     assert [str(d) for d in verify(Root(str(tmp_path / "run")), Root(str(tmp_path / "run/store")), Machine())] == []
     keys = pq.read_table(tmp_path / "run/decisions")["key"].to_pylist()
     assert all(key.startswith("00001") for key in keys)
+
+
+def test_a_tar_that_is_gone_leaves_its_rows_and_its_name(tmp_path: Path) -> None:
+    webdataset_pool(tmp_path / "pool", 3, 18, 1)
+    (tmp_path / "pool/00001.tar").unlink()
+    written = Written(tmp_path / "pool", tmp_path / "run", "webdataset")
+    rows, lines = written.of("00001.parquet")
+    assert [row["problem"] for row in rows] == ["missing_image"] * 17
+    assert [line["reason"] for line in lines if line["key"] is None] == ["empty"]
+    assert written.curated.damaged == 1 and written.curated.kept == 32
+    assert (tmp_path / "run/filtered/00000000.tar").exists()
+    assert written.differences() == []

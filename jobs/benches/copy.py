@@ -17,6 +17,7 @@ import webdataset
 
 from jobs.benches.measure import Row, paired, seconds
 from pipeline.curate import curate
+from pipeline.executor import Executor
 from pipeline.formats.tar import END, member_header, padding, walk
 from pipeline.formats.webdataset import split
 from pipeline.machine import Machine
@@ -47,21 +48,6 @@ def measure(scratch: Path) -> Iterator[Row]:
 def _measure(folder: Path, executor: RayExecutor) -> Iterator[Row]:
     pool, filtered = folder / "pool", folder / "run" / "filtered"
     write_pool(pool)
-    recipe = recipe_of(
-        {
-            "pool": {"format": "webdataset", "path": str(pool)},
-            "select": [{"random": {"keep": KEEP}}],
-            "write": {"formats": ["webdataset"]},
-        }
-    )
-
-    def write() -> float:
-        """Seconds of the write stage in a run that has decided, and lost its output."""
-        for file in filtered.glob("*"):
-            file.unlink()
-        run = Run(Root(str(folder / "run" / "store")), Root(str(folder / "run")), executor, MACHINE)
-        curate(run, recipe)
-        return next(float(stage["seconds"]) for stage in run.times if stage["stage"] == "write_tar")
 
     def cp() -> float:
         shutil.rmtree(folder / "cp", ignore_errors=True)
@@ -72,14 +58,28 @@ def _measure(folder: Path, executor: RayExecutor) -> Iterator[Row]:
         (folder / "peer").mkdir()
         return seconds(lambda: webdataset_copy(pool, kept, folder / "peer"))
 
-    write(), cp()
+    write_seconds(folder, executor), cp()
     kept_mb = sum(file.stat().st_size for file in filtered.glob("*")) / 1e6
     kept = {key for tar in filtered.glob("*.tar") for key in keys_of(tar)}
     name = f"copy: {KEEP:.0%} of {SHARDS * SAMPLES:,} samples in tars, digests included, 2 Ray workers"
-    pairs = [(kept_mb / write(), kept_mb / cp()) for _ in range(RUNS)]
+    pairs = [(kept_mb / write_seconds(folder, executor), kept_mb / cp()) for _ in range(RUNS)]
     yield paired(name, "cp of the kept bytes", 0.25, "MB/s", pairs)
-    pairs = [(kept_mb / write(), kept_mb / peer()) for _ in range(PEER_RUNS)]
+    pairs = [(kept_mb / write_seconds(folder, executor), kept_mb / peer()) for _ in range(PEER_RUNS)]
     yield paired(name, "webdataset read, ShardWriter", 8, "MB/s", pairs)
+
+
+def write_seconds(folder: Path, executor: Executor) -> float:
+    """What the write stage takes in a run over folder/pool that has decided, and lost its output."""
+    recipe = {
+        "pool": {"format": "webdataset", "path": str(folder / "pool")},
+        "select": [{"random": {"keep": KEEP}}],
+        "write": {"formats": ["webdataset"], "samples_per_shard": SAMPLES // 4},
+    }
+    for file in (folder / "run" / "filtered").glob("*"):
+        file.unlink()
+    run = Run(Root(str(folder / "run" / "store")), Root(str(folder / "run")), executor, MACHINE)
+    curate(run, recipe_of(recipe))
+    return next(float(stage["seconds"]) for stage in run.times if stage["stage"] == "write_tar")
 
 
 def write_pool(folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -36,6 +37,10 @@ MAX_RANGES = 64
 """Images that are asked of storage one by one: a request takes some 30 ms, fetching a whole shard a few seconds."""
 
 DRIVE = re.compile("[A-Za-z]:")
+NUMBER = re.compile("(^|/)[0-9]+$")
+
+LOST = LocalFile(os.devnull, 0, "", "there is no tar beside this parquet file")
+"""What a unit without its tar is read as: an empty one."""
 
 PRIORITY = (
     "unsafe_name",
@@ -75,17 +80,24 @@ class Row:
 def group(sources: Sequence[tuple[str, Source]]) -> list[Unit]:
     """One unit per tar, in the order given, with the parquet of the same stem in the same folder as its sidecar.
 
+    A parquet that has a shard's number and lies among tars, but has no tar, is the unit of a lost one.
+
     Args:
         sources: path below the pool's common folder, and file; whatever is neither tar nor sidecar is ignored.
     """
     files = dict(sources)
+    tars = {path: suffix for path in files for suffix in TARS if path.lower().endswith(suffix)}
+    stems = {path[: -len(suffix)] for path, suffix in tars.items()}
+    folders = {posixpath.dirname(path) for path in tars}
     units = []
     for path in files:
-        suffix = next((suffix for suffix in TARS if path.lower().endswith(suffix)), None)
-        if suffix:
-            sidecar = path[: -len(suffix)] + ".parquet"
+        stem = path.removesuffix(".parquet")
+        if path in tars:
+            sidecar = path[: -len(tars[path])] + ".parquet"
             beside = {"sidecar": files[sidecar]} if sidecar in files else {}
             units.append(Unit(path, {"tar": files[path], **beside}))
+        elif stem != path and stem not in stems and posixpath.dirname(path) in folders and NUMBER.search(stem):
+            units.append(Unit(path, {"sidecar": files[path]}))
     return units
 
 
@@ -95,7 +107,7 @@ def read(files: Files) -> Reading:
     Raises:
         OSError: storage or disk failed, or the tar changed while it was read.
     """
-    local = files.open("tar")
+    local = files.open("tar") if "tar" in files else LOST
     with open(local.path, "rb") as file:
         listing = walk(file, local.bytes)
         faults = _with_damage(listing.faults, local)

@@ -319,6 +319,13 @@ def test_rows_of_the_sidecar_are_listed_when_the_tar_is_gone(tmp_path: Path) -> 
     assert details(result)[0][2] == "not_a_tar"
 
 
+def test_rows_of_a_lost_tar_are_listed_and_the_shard_is_named(tmp_path: Path) -> None:
+    pq.write_table(sidecar(key=[A, B, C], status=["success", "failed_to_download", "success"]), tmp_path / "0.parquet")
+    result = webdataset.read(OnDisk({"sidecar": tmp_path / "0.parquet"}))
+    assert [(row["key"], row["problem"]) for row in rows(result)] == [(A, "missing_image"), (C, "missing_image")]
+    assert details(result)[0] == (None, 0, "empty", "no data; there is no tar beside this parquet file")
+
+
 def test_metadata_of_the_json_members_is_aligned_with_the_rows(tmp_path: Path) -> None:
     data = Shard().add("0.json", b'{"a": 1}').add("1.txt", b"t").add("2.json", b'{"a": 2, "b": "x"}').closed()
     assert reading(tmp_path, data).columns.to_pylist() == [
@@ -384,6 +391,8 @@ def test_units_are_tars_with_the_sidecar_of_their_stem() -> None:
         "b/0.TAR",
         "b/1.tgz",
         "b/3.parquet",
+        "b/labels.parquet",
+        "c/4.parquet",
     ]
     sources = [(name, Source(name, 1, "e")) for name in names]
     units = webdataset.group(sources)
@@ -392,6 +401,7 @@ def test_units_are_tars_with_the_sidecar_of_their_stem() -> None:
         ("a/2.tar.gz", {"tar": "a/2.tar.gz", "sidecar": "a/2.parquet"}),
         ("b/0.TAR", {"tar": "b/0.TAR"}),
         ("b/1.tgz", {"tar": "b/1.tgz"}),
+        ("b/3.parquet", {"sidecar": "b/3.parquet"}),
     ]
     assert [unit.shard for unit in webdataset.group(sources[::-1])] == [unit.shard for unit in units[::-1]]
 
