@@ -320,8 +320,8 @@ class Encoder:
         self.image_dtype = next(self.model.visual.parameters()).dtype
         self.tokenizer = _tokenizer(weights)
         self.halved = 0
-        self.mean = torch.tensor(config.mean, device=self.device).view(1, 3, 1, 1)
-        self.std = torch.tensor(config.std, device=self.device).view(1, 3, 1, 1)
+        self.mean = torch.tensor(config.mean, device=self.device)
+        self.std = torch.tensor(config.std, device=self.device)
         self.causal_mask = causal_mask(self.model.text)
         self.dims = int(self._text_forward(self._tokens([""])).shape[1])
 
@@ -342,8 +342,7 @@ class Encoder:
         return lambda: vec_BD.cpu().numpy()
 
     def _image_forward(self, frames_BHWC: torch.Tensor) -> torch.Tensor:
-        pixels = frames_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        pixels = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        pixels = normalised(frames_BHWC.to(self.device, non_blocking=True), self.mean, self.std)
         vec_BD: torch.Tensor = self.model.encode_image(pixels.to(self.image_dtype))
         return vec_BD.float()
 
@@ -400,6 +399,23 @@ class Encoder:
         parts = in_halves(forward, batch)
         self.halved += len(parts) - 1
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def normalised(frames_BHWC: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The last two steps of open_clip's transform (to tensor, normalise), for a batch at once.
+
+    Args:
+        frames_BHWC: uint8.
+        mean, std: float32, shape (3,), of levels in [0, 1].
+
+    Returns:
+        float32, shape (B, 3, height, width), channels last in memory.
+    """
+    width = frames_BHWC.shape[2]
+    # By whole rows of pixels: over the three channels alone, which lie side by side, this takes ten times as long.
+    pixels = frames_BHWC.flatten(2).to(torch.float32)
+    pixels = pixels.sub_((255 * mean).repeat(width)).div_((255 * std).repeat(width))
+    return pixels.view(frames_BHWC.shape).permute(0, 3, 1, 2)
 
 
 def batches(length_M: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

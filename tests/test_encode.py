@@ -27,6 +27,7 @@ from pipeline.encode import (
     folded,
     in_halves,
     keep_freed_memory,
+    normalised,
     numerics,
     resolve,
 )
@@ -264,6 +265,14 @@ def test_a_frame_is_that_of_open_clips_transform(framing: Framing) -> None:
         apart = np.abs(frame(image).astype(int) - expected)
         assert apart.max() <= (image.mode == "RGB")
         assert apart.mean() < 0.02
+
+
+def test_a_batch_is_normalised_by_hand() -> None:
+    frames_BHWC = torch.tensor([[[[0, 255, 51]], [[255, 0, 102]]]], dtype=torch.uint8)
+    found = normalised(frames_BHWC, torch.tensor([0.5, 0.25, 0.2]), torch.tensor([0.5, 0.25, 0.1]))
+    assert found.shape == (1, 3, 2, 1) and found.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.tensor([[[[-1.0], [1]], [[3], [-1]], [[0], [2]]]])
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 60000), (60000, 1), (3, 40000)])

@@ -1,0 +1,199 @@
+"""Tars on disk to float16 vectors on disk, by the embed stage of a run: against its own parts, and the usual stack.
+
+The limit is one image decoded, one image forward and one caption forward after the other, each rate measured alone.
+The usual stack is webdataset, torch's DataLoader and open_clip, at the best workers and batch of those tried. Weights
+of ViT-B-32 are random: its speed does not depend on them. Pictures are those of the decode bench, 341 x 256 px.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import emoji
+import numpy as np
+import open_clip
+import torch
+import webdataset
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from jobs.benches.decode import jpeg, photograph
+from jobs.benches.measure import Row, paired, seconds
+from pipeline.curate import curate
+from pipeline.embed import framer
+from pipeline.encode import DTYPE, Encoder, numerics, resolve
+from pipeline.executor import Executor, Serial
+from pipeline.machine import Machine
+from pipeline.ray_executor import RayExecutor
+from pipeline.recipe import recipe_of
+from pipeline.run import Run
+from pipeline.storage import Root
+from pipeline.vectors import Uint8s
+
+ARCH = "ViT-B-32"
+PAIRS, TINY_PAIRS = 192, 1024
+SHARDS = 4
+SHORT, LONG = (1, 5), (8, 16)
+"""Words of a caption, fewest and most: clip art's, and LAION's."""
+
+USUAL = {SHORT: 1.5, LONG: 1.35}
+RUNS = 3
+TWO_THREADS = Machine(device="cpu", threads=2, image_batch=32, text_batch=128)
+TWO_WORKERS = Machine(device="cpu", threads=1, workers=2, image_batch=32, text_batch=128)
+PEER_TRIES = ((0, 32), (1, 32), (2, 32), (1, 64))
+"""Workers of the DataLoader, and batch."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pairs, and the same in tars."""
+
+    folder: Path
+    images: list[bytes]
+    captions: list[str]
+
+    def write(self) -> Pool:
+        self.folder.mkdir()
+        for shard in range(SHARDS):
+            with tarfile.open(self.folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for row in range(shard, len(self.images), SHARDS):
+                    for suffix, data in (("jpg", self.images[row]), ("txt", self.captions[row].encode())):
+                        member = tarfile.TarInfo(f"{row:08d}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, BytesIO(data))
+        return self
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Pairs a second."""
+    yield from tiny(scratch)
+    yield from vit(scratch)
+
+
+def tiny(scratch: Path) -> Iterator[Row]:
+    """The shipped model, with the pool's captions."""
+    pool = Pool(scratch / "tiny", pictures(TINY_PAIRS), captions(TINY_PAIRS, SHORT)).write()
+    yield limit_row("tiny", pool, scratch, {"weights": "tiny"}, 0.85)
+    executor = RayExecutor(TWO_WORKERS, "local")
+    try:
+        stage = embedding(pool, scratch / "ray", {"weights": "tiny"}, TWO_WORKERS, executor)
+        stage()
+        rates = [TINY_PAIRS / stage() for _ in range(RUNS)]
+    finally:
+        executor.close()
+    yield paired("embed: tiny, 2 Ray workers", "200 a second", 1, "pairs/s", [(rate, 200) for rate in rates])
+
+
+def vit(scratch: Path) -> Iterator[Row]:
+    """ViT-B-32 in the precision that the processor is best at."""
+    weights = scratch / "vit.safetensors"
+    save_file(open_clip.create_model(ARCH).state_dict(), weights)
+    model = {"arch": ARCH, "weights": str(weights)}
+    images = pictures(PAIRS)
+    pools = {words: Pool(scratch / f"vit-{words[0]}", images, captions(PAIRS, words)).write() for words in USUAL}
+    yield limit_row(ARCH, pools[SHORT], scratch, model, 0.93)
+    peer = usual_stack(weights)
+    rates = {tried: PAIRS / seconds(lambda: peer(pools[SHORT], *tried)) for tried in PEER_TRIES}  # noqa: B023
+    workers, batch = max(rates, key=rates.__getitem__)
+    for words, pool in pools.items():
+        stage = embedding(pool, scratch / "own", model, TWO_THREADS, Serial())
+        stage()
+        pairs = [(PAIRS / stage(), PAIRS / seconds(lambda: peer(pool, workers, batch))) for _ in range(RUNS)]  # noqa: B023
+        name = f"embed: {ARCH}, captions of {words[0]} to {words[1]} words"
+        against = f"webdataset, DataLoader ({workers} workers, batch {batch}), open_clip"
+        yield paired(name, against, USUAL[words], "pairs/s", pairs)
+
+
+def limit_row(name: str, pool: Pool, scratch: Path, model: dict[str, str], target: float) -> Row:
+    """The stage against the sum of its parts, on the same threads, batches and precision."""
+    machine = TWO_THREADS
+    stage = embedding(pool, scratch / "own", model, machine, Serial())
+    encoder = Encoder(resolve(model.get("arch"), model["weights"]), numerics(machine), machine.threads)
+    frame = framer([encoder.framing], fast=False)
+
+    def frames() -> list[Uint8s]:
+        return [framed[0] for image in pool.images if isinstance(framed := frame(image), tuple)]
+
+    batches = np.split(np.stack(frames()), range(machine.image_batch, len(pool.images), machine.image_batch))
+
+    def forward() -> None:
+        for frames_BHWC in batches:
+            encoder.images(frames_BHWC)()
+
+    def texts() -> None:
+        encoder.texts(pool.captions, machine.text_batch)
+
+    stage()
+    pairs = []
+    for _ in range(RUNS):
+        limit_s = sum(map(seconds, (frames, forward, texts)))
+        pairs.append((len(pool.images) / stage(), len(pool.images) / limit_s))
+    return paired(f"embed: {name}", "decode, image and text forward alone", target, "pairs/s", pairs)
+
+
+def embedding(
+    pool: Pool, folder: Path, model: dict[str, str], machine: Machine, executor: Executor
+) -> Callable[[], float]:
+    """A function that curates the pool from nothing and gives the seconds of the embed stage; models stay loaded."""
+    recipe = recipe_of(
+        {
+            "pool": {"format": "webdataset", "path": str(pool.folder)},
+            "models": {"clip": model},
+            "select": [{"cut": {"score": "clip", "keep": 0.5}}],
+            "write": {"formats": ["parquet"]},
+        }
+    )
+
+    def run() -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        found = Run(Root(str(folder / "store")), Root(str(folder)), executor, machine)
+        curate(found, recipe)
+        return next(float(stage["seconds"]) for stage in found.times if stage["stage"].startswith("embed"))
+
+    return run
+
+
+def usual_stack(weights: Path) -> Callable[[Pool, int, int], None]:
+    """A function that embeds a pool as users of open_clip do, in the same precision: pool, workers, batch."""
+    precision = numerics(TWO_THREADS).precision
+    model, _, transform = open_clip.create_model_and_transforms(
+        ARCH, pretrained=str(weights), precision=precision.replace("float", "fp")
+    )
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(ARCH)
+
+    @torch.inference_mode()
+    def embed(pool: Pool, workers: int, batch: int) -> None:
+        tars = sorted(map(str, pool.folder.glob("*.tar")))
+        dataset = webdataset.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("jpg", "txt")
+        dataset = dataset.map_tuple(transform, lambda caption: tokenizer(caption)[0])
+        found = [
+            (
+                model.encode_image(images.to(DTYPE[precision]), normalize=True).half().numpy(),
+                model.encode_text(tokens, normalize=True).half().numpy(),
+            )
+            for images, tokens in DataLoader(dataset, batch_size=batch, num_workers=workers)
+        ]
+        for name, vec_NBD in zip(("image", "text"), zip(*found, strict=True), strict=True):
+            np.save(pool.folder / f"{name}.npy", np.concatenate(vec_NBD))
+
+    return embed
+
+
+def pictures(count: int) -> list[bytes]:
+    """JPEGs, 64 different ones in turn."""
+    different = [jpeg(photograph(number, 341, 256)) for number in range(64)]
+    return [different[number % 64] for number in range(count)]
+
+
+def captions(count: int, words_of_each: tuple[int, int]) -> list[str]:
+    """Words of the names of emoji, which are common English words."""
+    words = sorted({word for names in emoji.EMOJI_DATA.values() for word in names["en"].strip(":").split("_")})
+    rng = random.Random(0)
+    return [" ".join(rng.choices(words, k=rng.randint(*words_of_each))) for _ in range(count)]
