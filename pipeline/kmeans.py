@@ -5,28 +5,36 @@ exact (`pipeline.vectors`): assignment, distance and mean are the same bits for 
 and number of threads.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
+from pipeline.products import candidates, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
 PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centroid at a time
-GEMM_CELLS = 2**24  # cosines held at a time: 64 MiB
+SOME = 4  # FAISS trains on one row in so many
+LEAST_PER_CLUSTER = 16  # rows that it has for each cluster at least, where there are
+GEMM_CELLS = 2**22  # products held at a time: 8 or 16 MiB
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
-SUM_ROWS = 4096
 
 
 def train(
-    sample_MD: Floats, k: int, iterations: int, seed: int, threads: int, gpu: bool = False
+    sample_MD: Float16s, k: int, iterations: int, seed: int, threads: int, gpu: bool = False
 ) -> tuple[Float32s, Float64s]:
-    """Cluster a sample by cosine with FAISS; the same sample, seed and processor give the same bits.
+    """Cluster a sample by cosine; the same sample, seed and processor give the same bits for any number of threads.
+
+    FAISS does the first half of the iterations on some of the rows, where most of the way is made; the other half are
+    exact Lloyd steps over all of them. On a GPU FAISS does all iterations but the last, on all rows.
 
     Fewer distinct rows than `k`, or fewer rows, leave centroids that coincide or that no row is nearest to.
 
     Args:
-        sample_MD: float16 or float32, shape (M, D), unit rows, at least one.
+        sample_MD: float16, shape (M, D), stored unit rows, at least one.
         k: clusters, at least 1.
         iterations: Lloyd iterations, at least 1.
         seed: of the initial centroids.
@@ -34,8 +42,8 @@ def train(
         gpu: use every GPU that this host has, where FAISS is a GPU build.
 
     Returns:
-        float32, shape (k, D): unit centroids; and float64, shape (iterations,): mean of 1 - cosine to the nearest
-        centroid at the start of each iteration (float32 sums: for the report only).
+        float32, shape (k, D): unit centroids; and float64, shape (steps,): mean of 1 - cosine to the nearest centroid
+        at the start of each exact step, up to the rounding of the stored rows' lengths.
 
     Raises:
         ValueError: an empty sample.
@@ -46,7 +54,25 @@ def train(
 
     if not len(sample_MD):
         raise ValueError("k-means needs at least one row")
-    vec_MD = np.resize(sample_MD.astype(np.float32), (max(k, len(sample_MD)), sample_MD.shape[1]))
+    gpu = gpu and faiss.get_num_gpus() > 0
+    some = 1 if gpu else max(1, min(SOME, len(sample_MD) // (LEAST_PER_CLUSTER * k)))
+    first = iterations - 1 if gpu else iterations // 2
+    centroid_KD = _by_faiss(sample_MD[::some], k, first, seed, threads, gpu)
+    distance_I = []
+    for _ in range(iterations - first):
+        sum_KD, size_K = partial_sums(sample_MD, clusters_of(sample_MD, centroid_KD), k)
+        # Whole numbers add up to the same in any order.
+        cos = int(np.rint(sum_KD * centroid_KD * 2.0**32).astype(np.int64).sum()) / 2.0**32
+        distance_I.append(1 - cos / len(sample_MD))
+        centroid_KD = recentre(sum_KD, size_K, centroid_KD)
+    return centroid_KD, np.array(distance_I)
+
+
+def _by_faiss(sample_MD: Float16s, k: int, iterations: int, seed: int, threads: int, gpu: bool) -> Float32s:
+    """Unit centroids, on the grid, of at least one row: float32, shape (k, D)."""
+    import faiss
+
+    vec_MD = np.resize(vectors.widened(sample_MD), (max(k, len(sample_MD)), sample_MD.shape[1]))
     vec_MD /= np.linalg.norm(vec_MD, axis=1, keepdims=True)
     plus_plus = k <= PLUS_PLUS_CLUSTERS
     kmeans = faiss.Kmeans(
@@ -57,7 +83,7 @@ def train(
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=len(vec_MD),  # FAISS subsamples to 256 a centroid unless told
-        gpu=gpu and faiss.get_num_gpus() > 0,
+        gpu=gpu,
         init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if plus_plus else faiss.ClusteringInitMethod_RANDOM,
     )
     before = faiss.omp_get_max_threads()
@@ -66,11 +92,7 @@ def train(
         kmeans.train(vec_MD)
     finally:
         faiss.omp_set_num_threads(before)
-    centroid_KD = np.asarray(kmeans.centroids, np.float64)
-    # FAISS ends early when nothing moves, and copies as many rows as clusters without an iteration.
-    sum_I = np.asarray(kmeans.obj, np.float64) if k < len(vec_MD) else np.array([float(len(vec_MD))])
-    cos_I = np.pad(sum_I, (0, iterations - len(sum_I)), mode="edge") / len(vec_MD)
-    return recentre(centroid_KD, np.ones(k, np.int64), on_grid(vec_MD[:k])), 1 - cos_I
+    return recentre(np.asarray(kmeans.centroids, np.float64), np.ones(k, np.int64), on_grid(vec_MD[:k]))
 
 
 def on_grid(centroid_KD: Floats) -> Float32s:
@@ -78,16 +100,19 @@ def on_grid(centroid_KD: Floats) -> Float32s:
     return (np.rint(centroid_KD.astype(np.float64) * GRID) / GRID).astype(np.float32)
 
 
-def nearest(vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 8192) -> tuple[NDArray[np.int32], Float32s]:
+def nearest(
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 2048, bf16: bool | None = None
+) -> tuple[NDArray[np.int32], Float32s]:
     """Assign each row to the centroid of the largest float64 cosine, the lowest id among equals.
 
-    A float32 product finds the centroids that can be nearest; those are compared in float64. The answer does not depend
-    on `block_rows`.
+    A fast product finds the centroids that can be nearest (`pipeline.products`); those are compared in float64. The
+    answer does not depend on `block_rows` or `bf16`.
 
     Args:
         vec_ND: float16, shape (N, D), stored unit rows.
         centroid_KD: float32, shape (K, D), unit rows on the grid.
         block_rows: rows compared at a time, at least 1; changes speed and memory only.
+        bf16: multiply bfloat16 first; None: where the processor is faster at it and the work is large.
 
     Returns:
         int32, shape (N,): cluster; and float32, shape (N,): 1 - cosine to its centroid, in [0, 2].
@@ -95,36 +120,59 @@ def nearest(vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 8192) -> 
     Raises:
         ValueError: a row without a direction.
     """
-    clusters, dims = centroid_KD.shape
     cluster_N = np.empty(len(vec_ND), np.int32)
     distance_N = np.empty(len(vec_ND), np.float32)
-    centroid64_KD = centroid_KD.astype(np.float64)
     norm_K = vectors.norms(centroid_KD)
-    unit_DK = (centroid64_KD / norm_K[:, None]).astype(np.float32).T
-    slack = 2 * (dims + 8) * 2.0**-24  # twice the most that a float32 dot of unit rows can be off
+    for rows, vec_BD, cluster_B in _assigned(vec_ND, centroid_KD, block_rows, bf16):
+        cos_B = vectors.dots(vec_BD, centroid_KD[cluster_B]) / (vectors.norms(vec_BD) * norm_K[cluster_B])
+        cluster_N[rows] = cluster_B
+        distance_N[rows] = np.maximum(1 - cos_B, 0)  # the quotient may round above 1
+    return cluster_N, distance_N
+
+
+def clusters_of(
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 2048, bf16: bool | None = None
+) -> NDArray[np.int32]:
+    """The clusters alone, as `nearest` gives them: int32, shape (N,)."""
+    cluster_N = np.empty(len(vec_ND), np.int32)
+    for rows, _, cluster_B in _assigned(vec_ND, centroid_KD, block_rows, bf16):
+        cluster_N[rows] = cluster_B
+    return cluster_N
+
+
+def _assigned(
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int, bf16: bool | None
+) -> Iterator[tuple[slice, Float32s, NDArray[np.int64]]]:
+    """For each block of rows: which they are, their float32 values, and their clusters."""
+    clusters = len(centroid_KD)
+    norm_K = vectors.norms(centroid_KD)
+    if bf16 is None:
+        bf16 = pays(len(vec_ND) * centroid_KD.size)
+    columns = operand((centroid_KD / norm_K[:, None]).astype(np.float32), bf16)
     block_rows = min(block_rows, max(256, GEMM_CELLS // clusters))
     for start in range(0, len(vec_ND), block_rows):
-        vec_BD = vec_ND[start : start + block_rows].astype(np.float64)
-        norm_B = vectors.norms(vec_BD)
-        if not (norm_B > 0).all():
-            raise ValueError(f"row {start + int(np.argmin(norm_B > 0))} has no direction and so no nearest centroid")
-        dot_BK = vec_ND[start : start + block_rows].astype(np.float32) @ unit_DK
-        near_C = np.flatnonzero(
-            dot_BK >= dot_BK.max(axis=1, keepdims=True) - (slack * norm_B[:, None]).astype(np.float32)
-        )
-        if len(near_C) > DENSE * len(vec_BD):
-            cos_BK = vec_BD @ centroid64_KD.T
-            cos_BK /= norm_B[:, None] * norm_K
-            cluster_B = cos_BK.argmax(axis=1)
-            best_B = cos_BK[np.arange(len(vec_BD)), cluster_B]
-        else:
-            row_C, cluster_C = divmod(near_C, clusters)
-            cos_C = np.einsum("cd,cd->c", vec_BD[row_C], centroid64_KD[cluster_C]) / (norm_B[row_C] * norm_K[cluster_C])
-            first_B = vectors.first_largest(cos_C, row_C)
-            cluster_B, best_B = cluster_C[first_B], cos_C[first_B]
-        cluster_N[start : start + block_rows] = cluster_B
-        distance_N[start : start + block_rows] = np.maximum(1 - best_B, 0)  # the quotient may round above 1
-    return cluster_N, distance_N
+        block = slice(start, start + block_rows)
+        rows = operand(vectors.widened(vec_ND[block]), bf16)
+        if not rows.norm.all():
+            raise ValueError(f"row {start + int(np.argmin(rows.norm > 0))} has no direction and so no nearest centroid")
+        place_P = candidates(rows, columns)
+        if len(place_P) > DENSE * len(rows.vec):
+            cos_BK = rows.vec.astype(np.float64) @ centroid_KD.T.astype(np.float64)
+            cos_BK /= vectors.norms(rows.vec)[:, None] * norm_K
+            yield block, rows.vec, cos_BK.argmax(axis=1)
+            continue
+        row_P, cluster_P = np.divmod(place_P, clusters)
+        if len(place_P) > len(rows.vec):
+            alone_P = np.bincount(row_P)[row_P] == 1
+            tied = np.flatnonzero(~alone_P)
+            row_T, cluster_T = row_P[tied], cluster_P[tied]
+            # Divided as above: of two cosines that round to the same float64, the lower id wins.
+            cos_T = vectors.dots(rows.vec[row_T], centroid_KD[cluster_T])
+            cos_T /= vectors.norms(rows.vec[row_T]) * norm_K[cluster_T]
+            place_T = np.cumsum(np.diff(row_T, prepend=-1) > 0) - 1
+            first = tied[vectors.first_largest(cos_T, place_T)]
+            cluster_P = cluster_P[np.sort(np.concatenate([np.flatnonzero(alone_P), first]))]
+        yield block, rows.vec, cluster_P
 
 
 def partial_sums(vec_ND: Float16s, cluster_N: NDArray[np.int32], k: int) -> tuple[Float64s, NDArray[np.int64]]:
@@ -141,11 +189,14 @@ def partial_sums(vec_ND: Float16s, cluster_N: NDArray[np.int32], k: int) -> tupl
         float64, shape (k, D): sums; and int64, shape (k,): sizes.
     """
     sum_KD = np.zeros((k, vec_ND.shape[1]))
-    for start in range(0, len(vec_ND), SUM_ROWS):
-        cluster_B = cluster_N[start : start + SUM_ROWS]
-        order_B = np.argsort(cluster_B, kind="stable")
-        ids, begin = np.unique(cluster_B[order_B], return_index=True)
-        sum_KD[ids] += np.add.reduceat(vec_ND[start : start + SUM_ROWS][order_B].astype(np.float64), begin, axis=0)
+    order_N = np.argsort(cluster_N, kind="stable")
+    for start in range(0, len(vec_ND), vectors.DOT_ROWS):
+        order_B = order_N[start : start + vectors.DOT_ROWS]
+        cluster_B = cluster_N[order_B]
+        wide_BD = vectors.widened(vec_ND[order_B]).astype(np.float64)
+        begins = np.flatnonzero(np.diff(cluster_B, prepend=-1)).tolist()
+        for begin, end in pairwise([*begins, len(order_B)]):  # np.add.reduceat takes twice the time
+            sum_KD[cluster_B[begin]] += np.ones(end - begin) @ wide_BD[begin:end]
     return sum_KD, np.bincount(cluster_N, minlength=k)
 
 

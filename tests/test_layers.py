@@ -12,7 +12,7 @@ MODULES = {
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
-VALUES = {"schema", "errors", "vectors", "machine", "config", "arrow", "stage", "costs"}
+VALUES = {"schema", "errors", "vectors", "products", "machine", "config", "arrow", "stage", "costs"}
 STORAGE = {"storage", "executor", "ray_executor", "parts", "lease"}
 RUN = {"run"}
 KERNELS = {"exact", "kmeans", "images", "formats.tar"}
@@ -77,6 +77,22 @@ def test_kernels_import_values_only(module):
     assert {layer(other) for other in ours(kernel)} <= {0}
     foreign = {name.partition(".")[0] for name, _ in imports(kernel)} & {"torch", "ray", "fsspec", "pyarrow", "polars"}
     assert not foreign
+
+
+@pytest.mark.parametrize("module", sorted(VALUES))
+def test_values_import_torch_at_most_when_a_large_product_needs_it(module):
+    """It takes a second or two and 200 MB, which no driver, kernel or small input should pay."""
+    everywhere = [name for name, _ in imports(f"pipeline.{module}") if name.partition(".")[0] == "torch"]
+    guarded = ("FunctionDef", "If")  # the other is `if TYPE_CHECKING`
+    inside = [
+        inner
+        for node in tree(f"pipeline.{module}").body
+        if type(node).__name__ in guarded
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Import) and inner.names[0].name == "torch"
+    ]
+    assert len(everywhere) == len(inside)
+    assert not everywhere or module == "products"
 
 
 def test_only_the_ray_executor_imports_ray():

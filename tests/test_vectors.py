@@ -141,3 +141,18 @@ def test_draw_is_the_contract_s_hash():
     expected = int.from_bytes(hashlib.sha256(b"7/03-random/0123456789abcdeffedcba9876543210").digest()[:8], "big")
     assert vectors.draw(7, "03-random", [uid]).tolist() == [expected]
     assert len({int(vectors.draw(seed, step, [uid])[0]) for seed in (0, 1) for step in ("01-random", "02-random")}) == 4
+
+
+def test_widened_values_are_those_of_a_cast():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)].reshape(-1, 8)
+    assert np.array_equal(vectors.widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+    assert vectors.widened(finite[::2, :]).tolist() == finite[::2].tolist()
+
+
+def test_dots_are_the_exact_sums_of_products():
+    a_ND = vectors.unit16(np.random.default_rng(1).normal(size=(vectors.DOT_ROWS + 3, 5)))[0]
+    b_ND = a_ND[::-1].astype(np.float32)
+    assert vectors.dots(a_ND, b_ND).tolist() == [
+        sum(float(x) * float(y) for x, y in zip(a, b, strict=True)) for a, b in zip(a_ND, b_ND, strict=True)
+    ]

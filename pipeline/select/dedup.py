@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,31 +15,43 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from pipeline.arrow import hexes, unfixed
+from pipeline.arrow import fixed, hexes, unfixed
 from pipeline.cluster import ASSIGNED, MOST_PER_CLUSTER, Clustering, Clusters, health, nobody, sums_of
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
+from pipeline.products import Operand, candidates, operand, pays
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import drop, made
 from pipeline.step import RULE, Outcome, Step, places_in
 from pipeline.vectors import (
+    DOT_ROWS,
     Float16s,
     Float32s,
+    Float64s,
     all_cosines,
+    dots,
     draw,
     first_largest,
     norms,
     ordered_bits,
-    row_cosine,
     uid_words,
+    widened,
 )
 
+CLUSTER_ROWS = 8000
+"""Survivors for each cluster, where their number is `auto`."""
+
 BUCKET_ROWS = 1 << 20
-"""Rows that one task compares, unless a single cluster has more: 1 GB of vectors at 512 dims."""
+"""Most rows that one task compares, unless a single cluster has more: 1 GB of vectors at 512 dims."""
+
+TASKS = 64
+"""That compare, at least, where each has a cluster: what workers share."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
+BLOCK_ROWS = 512
+HELD_ROWS = 8192  # 52 MB at 512 dims, twice; each earlier row is read once for so many
 DENSE = 8  # near-tied pairs per row, above which one float64 product of the block is cheaper than pairs
 
 
@@ -56,18 +68,28 @@ class _Block(NamedTuple):
 
     row: NDArray[np.int64]  # (B,), ascending: their places in the cluster
     vec: Float16s  # (B, D), as stored
-    unit: Float32s  # (B, D)
+    norm: Float64s  # (B,)
+    unit: Operand  # (B, D)
+
+    def part(self, rows: slice) -> _Block:
+        """Some of the rows, without a copy."""
+        return _Block(self.row[rows], self.vec[rows], self.norm[rows], self.unit[rows])
 
 
-def repeats(vec_ND: VecRows, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
+def repeats(
+    vec_ND: VecRows, block_rows: int = BLOCK_ROWS, held_rows: int = HELD_ROWS, bf16: bool | None = None
+) -> tuple[Float32s, NDArray[np.int64]]:
     """For each row, the largest cosine to any earlier row, kept or not, and the earliest row that has it.
 
-    A float32 product finds the rows that can be nearest; those are compared as `vectors.row_cosine` does. The answer
-    does not depend on `block_rows`; memory is a few blocks, so the rows may be a map of a file larger than memory.
+    A fast product finds the rows that can be nearest (`pipeline.products`); those are compared as `vectors.row_cosine`
+    does. The answer does not depend on `block_rows`, `held_rows` or `bf16`; memory is two times `held_rows`, so the
+    rows may be a map of a file larger than memory.
 
     Args:
         vec_ND: float16, shape (N, D), stored unit rows, best first: row 0 never repeats.
         block_rows: rows compared at a time, at least 1; changes speed and memory only.
+        held_rows: rows compared with each block of earlier ones while it is held; as `block_rows`.
+        bf16: multiply bfloat16 first; None: where the processor is faster at it and the work is large.
 
     Returns:
         float32, shape (N,): the cosine, in [-1, 1], -1 for row 0; and int64, shape (N,): the row's place, -1 for row 0.
@@ -77,15 +99,23 @@ def repeats(vec_ND: VecRows, block_rows: int = 1024) -> tuple[Float32s, NDArray[
     # Rows with the same bytes are compared once: a later copy's best is its first copy, at cosine 1.
     first_N = _first_copies(vec_ND, block_rows)
     distinct_U = np.flatnonzero(first_N == np.arange(len(vec_ND)))
+    if bf16 is None:
+        bf16 = pays(len(distinct_U) ** 2 * _dims(vec_ND) // 2)
+    cos_U, best_U = _nothing(len(distinct_U))
+    for held in range(0, len(distinct_U), held_rows):
+        mine = slice(held, held + held_rows)
+        rows = _block(vec_ND, distinct_U[mine], bf16)
+        for begin in range(0, held, held_rows):
+            columns = _block(vec_ND, distinct_U[begin : begin + held_rows], bf16)
+            for block in _slices(len(rows.row), block_rows):
+                _nearer(rows.part(block), columns, cos_U[mine][block], best_U[mine][block])
+        for block in _slices(len(rows.row), block_rows):
+            if block.start:
+                _nearer(rows.part(block), rows.part(slice(block.start)), cos_U[mine][block], best_U[mine][block])
+            _nearer(rows.part(block), None, cos_U[mine][block], best_U[mine][block])
     cos_N = np.full(len(vec_ND), -1, np.float32)
     best_N = np.full(len(vec_ND), -1, np.int64)
-    for start in range(0, len(distinct_U), block_rows):
-        rows = _block(vec_ND, distinct_U[start : start + block_rows])
-        cos_B, best_B = _nothing(len(rows.row))
-        for begin in range(0, start + 1, block_rows):
-            columns = rows if begin == start else _block(vec_ND, distinct_U[begin : begin + block_rows])
-            _nearer(rows, columns, cos_B, best_B)
-        cos_N[rows.row], best_N[rows.row] = cos_B, best_B
+    cos_N[distinct_U], best_N[distinct_U] = cos_U, best_U
     cos_N[best_N < 0] = -1
 
     copy_C = np.flatnonzero(first_N < np.arange(len(vec_ND)))
@@ -95,26 +125,29 @@ def repeats(vec_ND: VecRows, block_rows: int = 1024) -> tuple[Float32s, NDArray[
     return cos_N, best_N
 
 
-def greedy(vec_ND: VecRows, min_cos: float, block_rows: int = 1024) -> tuple[Float32s, NDArray[np.int64]]:
+def greedy(
+    vec_ND: VecRows, min_cos: float, block_rows: int = BLOCK_ROWS, bf16: bool | None = None
+) -> tuple[Float32s, NDArray[np.int64]]:
     """As `repeats`, but compared with earlier kept rows only; a row is kept unless its cosine is above `min_cos`.
 
     Args:
         vec_ND: float16, shape (N, D), stored unit rows, best first: row 0 is kept.
         min_cos: in [-1, 1]: a row is dropped when its largest cosine, as float64, is above.
-        block_rows: rows compared at a time, at least 1; changes speed and memory only.
+        block_rows, bf16: as `repeats` has them.
 
     Returns:
         float32, shape (N,): the largest cosine to an earlier kept row, -1 for row 0; and int64, shape (N,): the
         earliest kept row that has it, -1 for row 0.
     """
-    cos_N = np.full(len(vec_ND), -1, np.float32)
-    best_N = np.full(len(vec_ND), -1, np.int64)
+    if bf16 is None:
+        bf16 = pays(len(vec_ND) ** 2 * _dims(vec_ND) // 2)
+    cos_N, best_N = _nothing(len(vec_ND))
     kept = np.zeros(0, np.int64)
     for start in range(0, len(vec_ND), block_rows):
-        rows = _block(vec_ND, np.arange(start, min(start + block_rows, len(vec_ND))))
-        cos_B, best_B = _nothing(len(rows.row))
+        rows = _block(vec_ND, np.arange(start, min(start + block_rows, len(vec_ND))), bf16)
+        cos_B, best_B = cos_N[start : start + block_rows], best_N[start : start + block_rows]
         for begin in range(0, len(kept), block_rows):
-            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows]), cos_B, best_B)
+            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B)
         cos_BB = all_cosines(rows.vec, rows.vec)
         kept_B = np.zeros(len(rows.row), np.bool_)
         for here in range(len(rows.row)):
@@ -124,7 +157,6 @@ def greedy(vec_ND: VecRows, min_cos: float, block_rows: int = 1024) -> tuple[Flo
                 nearer = cos_BB[here, later] > cos_B[later]
                 best_B[later][nearer] = start + here
                 np.maximum(cos_B[later], cos_BB[here, later], out=cos_B[later])
-        cos_N[rows.row], best_N[rows.row] = cos_B, best_B
         kept = np.concatenate([kept, rows.row[kept_B]])
     cos_N[best_N < 0] = -1
     return cos_N, best_N
@@ -150,9 +182,19 @@ def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
     return bucket_K
 
 
-def _block(vec_ND: VecRows, row_B: NDArray[np.int64]) -> _Block:
-    vec_BD = np.asarray(vec_ND[row_B])
-    return _Block(row_B, vec_BD, (vec_BD / norms(vec_BD)[:, None]).astype(np.float32))
+def _block(vec_ND: VecRows, row_B: NDArray[np.int64], bf16: bool) -> _Block:
+    vec_BD = np.ascontiguousarray(vec_ND[row_B])
+    unit_BD = np.empty(vec_BD.shape, np.float32)
+    norm_B = np.empty(len(vec_BD))
+    for block in _slices(len(vec_BD), DOT_ROWS):
+        wide_BD = widened(vec_BD[block])
+        norm_B[block] = norms(wide_BD)
+        np.multiply(wide_BD, (1 / norm_B[block]).astype(np.float32)[:, None], out=unit_BD[block])
+    return _Block(row_B, vec_BD, norm_B, operand(unit_BD, bf16))
+
+
+def _dims(vec_ND: VecRows) -> int:
+    return int(np.asarray(vec_ND[:1]).shape[1])
 
 
 def _nothing(rows: int) -> tuple[Float32s, NDArray[np.int64]]:
@@ -161,41 +203,56 @@ def _nothing(rows: int) -> tuple[Float32s, NDArray[np.int64]]:
 
 
 def _first_copies(vec_ND: VecRows, block_rows: int) -> NDArray[np.int64]:
-    """Place of the first row with the same bytes, by digest so that no rows are held: int64, shape (N,)."""
-    first_N = np.empty(len(vec_ND), np.int64)
-    seen: dict[bytes, int] = {}
+    """Place of the first row with the same bytes: int64, shape (N,).
+
+    By a hash of 64 bits, so that no rows are held, then by the bytes themselves. A row whose hash is also that of an
+    earlier, other row is its own first copy: `repeats` compares it like any row.
+    """
+    hash_N = np.zeros(len(vec_ND), np.uint64)
+    factor_D = np.random.default_rng(0).integers(2**64, size=_dims(vec_ND), dtype=np.uint64) | np.uint64(1)
     for start in range(0, len(vec_ND), block_rows):
-        for place, vec_D in enumerate(np.ascontiguousarray(vec_ND[start : start + block_rows]), start):
-            first_N[place] = seen.setdefault(hashlib.blake2b(vec_D.data, digest_size=16).digest(), place)
+        bits_BD = np.asarray(vec_ND[start : start + block_rows]).view(np.uint16)
+        hash_N[start : start + block_rows] = (bits_BD * factor_D).sum(axis=1)
+    _, first_H, hash_at_N = np.unique(hash_N, return_index=True, return_inverse=True)
+    first_N: NDArray[np.int64] = first_H[hash_at_N]
+    copy_C = np.flatnonzero(first_N < np.arange(len(vec_ND)))
+    for start in range(0, len(copy_C), block_rows):
+        copy_B = copy_C[start : start + block_rows]
+        same_BD = np.asarray(vec_ND[copy_B]).view(np.uint16) == np.asarray(vec_ND[first_N[copy_B]]).view(np.uint16)
+        other_B = copy_B[~same_BD.all(axis=1)]
+        first_N[other_B] = other_B
     return first_N
 
 
-def _nearer(rows: _Block, columns: _Block, cos_B: Float32s, best_B: NDArray[np.int64]) -> None:
-    """Update each row's largest cosine, and the earliest row that has it, in place, by the earlier rows of `columns`.
+def _slices(rows: int, block_rows: int) -> Iterator[slice]:
+    return (slice(start, start + block_rows) for start in range(0, rows, block_rows))
 
-    Blocks of columns must come in order: an equal cosine further on is not nearer.
+
+def _nearer(rows: _Block, columns: _Block | None, cos_B: Float32s, best_B: NDArray[np.int64]) -> None:
+    """Update each row's largest cosine, and the earliest row that has it, in place, by `columns`, all of them earlier.
+
+    Without columns by the earlier ones of `rows` itself. Blocks of columns must come in order: an equal cosine further
+    on is not nearer.
     """
-    slack = np.float32((rows.unit.shape[1] + 8) * 2.0**-24)  # the most that a float32 dot of unit rows can be off
-    cos_BC = rows.unit @ columns.unit.T
-    later = columns.row >= rows.row[0]
-    if later.any():
-        cos_BC[:, later] = np.where(columns.row[later] < rows.row[:, None], cos_BC[:, later], -4)
-    top_B = cos_BC.max(axis=1)
-    near = np.flatnonzero((top_B >= cos_B - slack) & (top_B > -3))
-    enough = np.maximum(cos_B, top_B - slack)[near] - slack
-    if not len(near):
+    earlier = columns is None
+    columns = rows if columns is None else columns
+    place_P = candidates(rows.unit, columns.unit, cos_B, earlier)
+    if not len(place_P):
         return
-    can_RC = cos_BC[near] >= enough[:, None]
-    place_P = np.flatnonzero(can_RC)
+    row_P, column_P = np.divmod(place_P, len(columns.row))
+    begins_P = np.diff(row_P, prepend=-1) > 0
+    near = row_P[begins_P]
     if len(place_P) > DENSE * len(near):
-        exact_RC = np.where(can_RC, all_cosines(rows.vec[near], columns.vec), -4)
-        column = exact_RC.argmax(axis=1)
-        value = exact_RC[np.arange(len(near)), column]
+        can_BC = np.zeros((len(rows.row), len(columns.row)), np.bool_)
+        can_BC.reshape(-1)[place_P] = True
+        exact_BC = np.where(can_BC, all_cosines(rows.vec, columns.vec), -4)
+        column = exact_BC.argmax(axis=1)[near]
+        value = exact_BC[near, column]
     else:
-        row_P, column_P = divmod(place_P, len(columns.row))
-        exact_P = row_cosine(rows.vec[near][row_P], columns.vec[column_P])
-        first = first_largest(exact_P, row_P)
-        column, value = column_P[first], exact_P[first]
+        exact_P = dots(rows.vec[row_P], columns.vec[column_P]) / (rows.norm[row_P] * columns.norm[column_P])
+        exact32_P = exact_P.astype(np.float32)
+        first = first_largest(exact32_P, np.cumsum(begins_P) - 1)
+        column, value = column_P[first], exact32_P[first]
     better = value > cos_B[near]
     cos_B[near[better]] = value[better]
     best_B[near[better]] = columns.row[column[better]]
@@ -228,7 +285,7 @@ class Dedup:
 
     def count(self, survivors: int) -> int:
         """K for so many survivors."""
-        return self.clusters if self.clusters != "auto" else min(65_536, -(-survivors // 8000))
+        return self.clusters if self.clusters != "auto" else min(65_536, -(-survivors // CLUSTER_ROWS))
 
     def apply(self, step: Step) -> Outcome:
         if not step.survivors:
@@ -236,7 +293,8 @@ class Dedup:
         found = Clustering(self.count(step.survivors), self.sample_per_cluster, self.iterations, self.passes).fit(
             step, self.space
         )
-        compared = self.compare(step, found)
+        bucket_rows = min(BUCKET_ROWS, max(CLUSTER_ROWS, step.survivors // TASKS))
+        compared = self.compare(step, found, bucket_rows)
         groups = len(step.state)
         repeat = DropRepeats(step.number, self._min_cos)
         done = step.run.map(repeat, step.state, found.assigned, compared, step.samples)
@@ -244,13 +302,13 @@ class Dedup:
         files = {"centroids.npy": found.centroid_file(step)}
         return Outcome(done["state"], done["compared"], files, health(sizes, found.objective))
 
-    def compare(self, step: Step, found: Clusters, bucket_rows: int = BUCKET_ROWS) -> Dataset:
+    def compare(self, step: Step, found: Clusters, bucket_rows: int) -> Dataset:
         """Each survivor's nearest earlier row in its cluster; one part for each group, rows in any order.
 
         Args:
             step: whose survivors.
             found: their clusters.
-            bucket_rows: as BUCKET_ROWS; never changes the result.
+            bucket_rows: that one task compares; never changes the result.
         """
         evidence, side = step.space(self.space)
         groups = len(step.state)
@@ -307,10 +365,13 @@ class Scatter:
         at_M = table.column("at").to_numpy()
         bucket_K = buckets.table().column("bucket").to_numpy()
         unit_N, row_N = places_in(samples, place)
-        vectors, first = [], 0
+        vectors, first = np.empty((len(at_M), 0), np.uint8), 0
         for piece in evidence.pieces([self.side]):
-            mine = at_M[(at_M >= first) & (at_M < first + piece.num_rows)] - first
-            vectors += piece.column(self.side).take(pa.array(mine)).chunks
+            stored = piece.column(self.side)
+            if not first:  # in one piece from the start: they are most of what this task holds
+                vectors = np.empty((len(at_M), stored.type.byte_width), np.uint8)
+            begin, end = np.searchsorted(at_M, [first, first + piece.num_rows])
+            vectors[begin:end] = unfixed(stored.take(pa.array(at_M[begin:end] - first)), np.uint8)
             first += piece.num_rows
         columns = {
             "to": pa.array(bucket_K[table.column("cluster").to_numpy()]),
@@ -321,14 +382,9 @@ class Scatter:
             "uid": samples.table(["uid"]).column("uid").combine_chunks().take(table.column("at")),
             "unit": pa.array(unit_N[at_M]),
             "row": pa.array(row_N[at_M]),
-            "vector": pa.chunked_array(vectors, evidence_type(vectors)),
+            "vector": fixed(vectors),
         }
         return Made({"rows": pa.table(columns)}, buckets=self.count)
-
-
-def evidence_type(chunks: list[pa.Array]) -> pa.DataType:
-    """The type of vector chunks; that of one dimension where there are none."""
-    return chunks[0].type if chunks else pa.binary(2)
 
 
 @dataclass(frozen=True)

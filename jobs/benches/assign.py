@@ -1,0 +1,75 @@
+"""Exact assignment to the nearest centroid, against the float32 product that it cannot do without.
+
+The limit is the processor's own float32 rate for that product, measured before each run on the same cores. Labels and
+distances are the same bits whether float32 or bfloat16 is multiplied first; that is checked here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jobs.benches.cores import Pairs, on_every_core
+from jobs.benches.measure import Row, paired, seconds
+from pipeline.kmeans import clusters_of, nearest, on_grid, partial_sums, recentre
+from pipeline.products import has_bf16
+from pipeline.vectors import Float16s, Float32s, unit16
+
+ROWS, DIMS = 200_000, 512
+CLUSTERS = (500, 4000)
+FAMILIES = 3000
+PAIRS = 5
+GEMM_ROWS = 4096
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Rows of bench.json."""
+    for k in CLUSTERS:
+        for bf16 in (False, True) if has_bf16() else (False,):
+            name = f"assign {ROWS:,} x {DIMS} to {k} centroids, {'bfloat16' if bf16 else 'float32'} first"
+            pairs = on_every_core(partial(rates, k, bf16))
+            yield paired(name, "float32 GEMM peak", 1.4 if bf16 else 0.85, "rows/s", pairs)
+
+
+def rates(k: int, bf16: bool, number: int, cores: int) -> Pairs:
+    """Rows per second of one core: ours, and of the product alone."""
+    vec_ND = families(ROWS // cores, number)
+    centroid_KD = mean_of_some(vec_ND, k)
+    some_ND = vec_ND[:10_000]
+    for ours, other in zip(nearest(some_ND, centroid_KD, bf16=bf16), nearest(some_ND, centroid_KD), strict=True):
+        if ours.tobytes() != other.tobytes():
+            raise AssertionError("the precision of the product changed an assignment")
+    pairs = []
+    for _ in range(PAIRS):
+        peak = float32_rows(centroid_KD)
+        pairs.append((len(vec_ND) / seconds(lambda: nearest(vec_ND, centroid_KD, bf16=bf16)), peak))
+    return pairs
+
+
+def families(rows: int, seed: int = 0) -> Float16s:
+    """float16 (rows, DIMS): unit rows around FAMILIES directions."""
+    rng = np.random.default_rng(seed)
+    family_FD = rng.standard_normal((FAMILIES, DIMS), np.float32)
+    noise_ND = rng.standard_normal((rows, DIMS), np.float32)
+    return unit16(family_FD[rng.integers(FAMILIES, size=rows)] + np.float32(0.9) * noise_ND)[0]
+
+
+def mean_of_some(vec_ND: Float16s, k: int) -> Float32s:
+    """Centroids as they are after two Lloyd steps on a few rows."""
+    some_MD = vec_ND[: max(10 * k, 20_000)]
+    centroid_KD = on_grid(some_MD[:k])
+    for _ in range(2):
+        centroid_KD = recentre(*partial_sums(some_MD, clusters_of(some_MD, centroid_KD), k), centroid_KD)
+    return centroid_KD
+
+
+def float32_rows(centroid_KD: Float32s) -> float:
+    """Rows per second of the product alone, in large blocks whose result is thrown away."""
+    vec_BD = np.ones((GEMM_ROWS, DIMS), np.float32)
+    centroid_DK = centroid_KD.T
+    dot_BK = np.empty((GEMM_ROWS, len(centroid_KD)), np.float32)
+    times = sorted(seconds(lambda: np.matmul(vec_BD, centroid_DK, out=dot_BK)) for _ in range(6))
+    return GEMM_ROWS / times[2]

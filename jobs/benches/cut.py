@@ -1,0 +1,120 @@
+"""An exact global cut of scores that lie in many parts, against polars' streaming quantile and filter.
+
+Both read the same parquet files and write the kept rows. The quantile keeps every row at its value or above, so its
+count is off by the ties; the cut takes exactly what is asked for, ties by uid. Each run has a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds, within
+from pipeline import exact
+from pipeline.exact import Counts, Keys
+from pipeline.quota import GATHER_ROWS
+from pipeline.vectors import ordered_bits
+
+PARTS, PART_ROWS = 100, 1_000_000
+KEEP = 0.3
+PAIRS = 3
+MOST_BYTES = 10**9
+COLUMNS = ["score", "uid_high", "uid_low"]
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Rows of bench.json."""
+    for part in range(PARTS):
+        rng = np.random.default_rng(part)
+        uid_N2 = rng.integers(2**64, size=(PART_ROWS, 2), dtype=np.uint64)
+        # Scores on a grid, as cosines of float16 vectors are not, so that the quantile falls among ties.
+        score_N = np.rint(rng.normal(0.25, 0.05, PART_ROWS) * 2**20).astype(np.float32) / np.float32(2**20)
+        table = pa.table({"score": score_N, "uid_high": uid_N2[:, 0], "uid_low": uid_N2[:, 1]})
+        pq.write_table(table, scratch / f"{part:03}.parquet", compression="none", use_dictionary=False)
+    keep = int(KEEP * PARTS * PART_ROWS)
+    pairs, peaks, over = [], [], 0
+    for _ in range(PAIRS):
+        own_s, kept, peak = alone(ours, scratch, keep)
+        other_s, quantile_kept, _ = alone(theirs, scratch, keep)
+        if kept != keep:
+            raise AssertionError(f"the cut took {kept} rows, not {keep}")
+        over = quantile_kept - keep
+        pairs.append((PARTS * PART_ROWS / own_s, PARTS * PART_ROWS / other_s))
+        peaks.append(peak / 1e6)
+    name = f"keep {keep:,} of {PARTS * PART_ROWS:,} scores in {PARTS} parts, exactly"
+    yield paired(name, f"polars streaming quantile + filter ({over:+d} rows)", 1.0, "scores/s", pairs)
+    yield within(f"memory to {name}", MOST_BYTES / 1e6, "MB", peaks)
+
+
+def alone(work: Callable[[Path, int], int], folder: Path, keep: int) -> tuple[float, int, int]:
+    """Seconds, kept rows and peak RSS of one run in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(timed, work, folder, keep).result()
+
+
+def timed(work: Callable[[Path, int], int], folder: Path, keep: int) -> tuple[float, int, int]:
+    """Run in that process."""
+    kept: list[int] = []
+    took = seconds(lambda: kept.append(work(folder, keep)))
+    return took, kept[0], peak_rss_bytes()
+
+
+def ours(folder: Path, keep: int) -> int:
+    """Histograms, the few rows that are left, then the kept rows of each part."""
+    cut = exact.start(np.array([keep]), value_bits=32)
+    while cut.undecided > GATHER_ROWS:
+        counts: list[Counts] = []
+        for unit in range(PARTS):
+            counts.append(exact.histogram(cut, *keys_of(folder, unit, COLUMNS[:1])))
+        cut = exact.refine(cut, exact.merge(counts))
+    groups, keys = [], []
+    for unit in range(PARTS):
+        group_N, part = keys_of(folder, unit, COLUMNS)
+        left = exact.candidates(cut, group_N, part)
+        groups.append(group_N[left])
+        keys.append(part.take(left))
+    cut = exact.settle(cut, np.concatenate(groups), Keys.join(keys))
+    kept = 0
+    for unit in range(PARTS):
+        table = read(folder, unit, COLUMNS)
+        taken = table.filter(pa.array(exact.taken(cut, *keys_of_table(table, unit))))
+        pq.write_table(taken, folder / f"ours-{unit:03}.kept", compression="none", use_dictionary=False)
+        kept += taken.num_rows
+    return kept
+
+
+def read(folder: Path, unit: int, columns: list[str]) -> pa.Table:
+    """Columns of a part."""
+    return pq.read_table(folder / f"{unit:03}.parquet", columns=columns)
+
+
+def keys_of(folder: Path, unit: int, columns: list[str]) -> tuple[np.ndarray, Keys]:
+    """Groups and keys of a part; without the uid's columns all uids are 0."""
+    return keys_of_table(read(folder, unit, columns), unit)
+
+
+def keys_of_table(table: pa.Table, unit: int) -> tuple[np.ndarray, Keys]:
+    """Groups and keys of a part's rows, highest score first."""
+    value_N = ~ordered_bits(table.column("score").to_numpy())
+    rows = len(value_N)
+    none_N = np.zeros(rows, np.uint64)
+    high_N, low_N = (table.column(n).to_numpy() if n in table.column_names else none_N for n in COLUMNS[1:])
+    unit_N, row_N = np.full(rows, unit, np.uint32), np.arange(rows, dtype=np.uint32)
+    return np.zeros(rows, np.int32), Keys(value_N, high_N, low_N, unit_N, row_N)
+
+
+def theirs(folder: Path, keep: int) -> int:
+    """Two passes of polars' streaming engine."""
+    scan = pl.scan_parquet(folder / "*.parquet")
+    share = 1 - keep / (PARTS * PART_ROWS)
+    least = scan.select(pl.col("score").quantile(share, "higher")).collect(engine="streaming").item()
+    kept = folder / "theirs.kept"
+    scan.filter(pl.col("score") >= least).sink_parquet(kept, compression="uncompressed", engine="streaming")
+    return int(pl.scan_parquet(kept).select(pl.len()).collect().item())

@@ -1,0 +1,85 @@
+"""The largest cosine to an earlier row inside clusters, against the product that it cannot do without, and the peer's.
+
+The limit is the product of each cluster's upper triangle, n^2 / 2 cosines, at the precision that the processor
+multiplies fastest. The peer is the dense form of SemDeDup's code: the whole matrix in float32, its upper triangle, the
+maximum of each column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from jobs.benches.cores import Pairs, on_every_core
+from jobs.benches.measure import Row, paired, seconds
+from pipeline.products import has_bf16
+from pipeline.select.dedup import repeats
+from pipeline.vectors import Float16s, unit16
+
+ROWS, DIMS, CLUSTERS = 100_000, 512, 12
+COPIES = 0.2  # of the rows: another row of their cluster, changed to a cosine of 0.9 to 1
+PAIRS, PEER_PAIRS = 5, 3
+BEST = str(torch.bfloat16 if has_bf16() else torch.float32)
+GEMM_ROWS = 4096
+
+
+def measure(scratch: Path) -> Iterator[Row]:
+    """Rows of bench.json."""
+    name = f"duplicates in {CLUSTERS} clusters of {ROWS // CLUSTERS:,} x {DIMS}"
+    best = BEST.removeprefix("torch.")
+    yield paired(name, f"the triangle's product in {best}", 0.7, "cosines/s", on_every_core(beside_the_product))
+    yield paired(name, "SemDeDup's dense form (torch, float32)", 1.5, "cosines/s", on_every_core(beside_the_dense_form))
+
+
+def beside_the_product(number: int, cores: int) -> Pairs:
+    """Cosines per second of one core on its clusters: ours, and of the product alone."""
+    clusters = clusters_of(number, cores)
+    pairs = []
+    for _ in range(PAIRS):
+        limit = gemm_rate(torch.bfloat16 if has_bf16() else torch.float32) / (2 * DIMS)
+        pairs.append((rate(repeats, clusters), limit))
+    return pairs
+
+
+def beside_the_dense_form(number: int, cores: int) -> Pairs:
+    """The same beside the peer."""
+    clusters = clusters_of(number, cores)
+    return [(rate(repeats, clusters), rate(dense, clusters)) for _ in range(PEER_PAIRS)]
+
+
+def rate(work: Callable[[Float16s], object], clusters: list[Float16s]) -> float:
+    """Cosines of rows with earlier ones per second."""
+    return sum(len(vec_ND) ** 2 / 2 for vec_ND in clusters) / seconds(lambda: [work(vec_ND) for vec_ND in clusters])
+
+
+def clusters_of(number: int, cores: int) -> list[Float16s]:
+    """Every cluster of so many that falls to one core."""
+    return [cluster(seed, ROWS // CLUSTERS) for seed in range(number, CLUSTERS, cores)]
+
+
+def cluster(seed: int, rows: int) -> Float16s:
+    """float16 (rows, DIMS): unit rows around one direction, in families, some nearly equal."""
+    rng = np.random.default_rng(seed)
+    family_FD = rng.normal(size=(1, DIMS)) + rng.normal(size=(60, DIMS))
+    vec_ND = family_FD[rng.integers(60, size=rows)] + rng.normal(size=(rows, DIMS))
+    copy_C = rng.choice(rows, int(COPIES * rows), replace=False)
+    distance_C = rng.uniform(0, 0.8, (len(copy_C), 1))
+    vec_ND[copy_C] = vec_ND[rng.integers(rows, size=len(copy_C))] + distance_C * rng.normal(size=(len(copy_C), DIMS))
+    return unit16(vec_ND)[0]
+
+
+def dense(vec_ND: Float16s) -> torch.Tensor:
+    """As semdedup.py does it: the largest cosine to an earlier row, 0 at least."""
+    unit = torch.from_numpy(vec_ND).float()
+    return torch.triu(unit @ unit.T, diagonal=1).max(dim=0)[0]
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large product, median of 5."""
+    a = torch.randn(GEMM_ROWS, DIMS).to(dtype)
+    out = torch.empty(GEMM_ROWS, GEMM_ROWS, dtype=dtype)
+    times = sorted(seconds(lambda: torch.mm(a, a.T, out=out)) for _ in range(6))
+    return 2 * GEMM_ROWS**2 * DIMS / times[2]
