@@ -6,19 +6,21 @@ and number of threads.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
-from pipeline.products import candidates, operand, pays
+from pipeline.products import candidates, each_alone, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
 PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centroid at a time
-SOME = 4  # FAISS trains on one row in so many
-LEAST_PER_CLUSTER = 16  # rows that it has for each cluster at least, where there are
+SOME = 4  # the first iterations are on one row in so many
+LEAST_PER_CLUSTER = 16  # rows that these have for each cluster at least, where there are
+SPLIT = 2.0**-10
 GEMM_CELLS = 2**22  # products held at a time: 8 or 16 MiB
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
 
@@ -26,10 +28,10 @@ DENSE = 8  # centroids per row that can be nearest, above which one float64 prod
 def train(
     sample_MD: Float16s, k: int, iterations: int, seed: int, threads: int, gpu: bool = False
 ) -> tuple[Float32s, Float64s]:
-    """Cluster a sample by cosine; the same sample, seed and processor give the same bits for any number of threads.
+    """Cluster a sample by cosine; the same bits for any number of threads.
 
-    FAISS does the first half of the iterations on some of the rows, where most of the way is made; the other half are
-    exact Lloyd steps over all of them. On a GPU FAISS does all iterations but the last, on all rows.
+    FAISS chooses the first centroids. The first half of the iterations, in which centroids go most of their way, are
+    exact Lloyd steps over some of the rows, the other half over all of them. On a GPU FAISS does all but the last.
 
     Fewer distinct rows than `k`, or fewer rows, leave centroids that coincide or that no row is nearest to.
 
@@ -38,12 +40,12 @@ def train(
         k: clusters, at least 1.
         iterations: Lloyd iterations, at least 1.
         seed: of the initial centroids.
-        threads: that FAISS uses.
+        threads: that FAISS and the steps use.
         gpu: use every GPU that this host has, where FAISS is a GPU build.
 
     Returns:
         float32, shape (k, D): unit centroids; and float64, shape (steps,): mean of 1 - cosine to the nearest centroid
-        at the start of each exact step, up to the rounding of the stored rows' lengths.
+        at the start of each step over all rows, up to the rounding of the stored rows' lengths.
 
     Raises:
         ValueError: an empty sample.
@@ -55,17 +57,53 @@ def train(
     if not len(sample_MD):
         raise ValueError("k-means needs at least one row")
     gpu = gpu and faiss.get_num_gpus() > 0
-    some = 1 if gpu else max(1, min(SOME, len(sample_MD) // (LEAST_PER_CLUSTER * k)))
-    first = iterations - 1 if gpu else iterations // 2
-    centroid_KD = _by_faiss(sample_MD[::some], k, first, seed, threads, gpu)
+    some_SD = sample_MD[:: max(1, min(SOME, len(sample_MD) // (LEAST_PER_CLUSTER * k)))]
+    centroid_KD = _by_faiss(sample_MD if gpu else some_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
+    bf16 = pays(sample_MD.size * k)
     distance_I = []
-    for _ in range(iterations - first):
-        sum_KD, size_K = partial_sums(sample_MD, clusters_of(sample_MD, centroid_KD), k)
-        # Whole numbers add up to the same in any order.
-        cos = int(np.rint(sum_KD * centroid_KD * 2.0**32).astype(np.int64).sum()) / 2.0**32
-        distance_I.append(1 - cos / len(sample_MD))
-        centroid_KD = recentre(sum_KD, size_K, centroid_KD)
+    with each_alone(threads, bf16) as pool:
+        for step in range(iterations - 1 if gpu else 0, iterations):
+            rows = some_SD if step < iterations // 2 else sample_MD
+            parts = np.array_split(rows, threads if bf16 else 1)
+            sum_KD, size_K = np.zeros(centroid_KD.shape), np.zeros(k, np.int64)
+            for partial_KD, partial_K in pool.map(partial(_nearest_sums, centroid_KD=centroid_KD, bf16=bf16), parts):
+                sum_KD += partial_KD
+                size_K += partial_K
+            if rows is sample_MD:
+                # Whole numbers add up to the same in any order.
+                cos = int(np.rint(sum_KD * centroid_KD * 2.0**32).astype(np.int64).sum()) / 2.0**32
+                distance_I.append(1 - cos / len(sample_MD))
+            centroid_KD = recentre(sum_KD, size_K, centroid_KD)
+            if step < iterations - 1:
+                centroid_KD = split(centroid_KD, size_K)
     return centroid_KD, np.array(distance_I)
+
+
+def split(centroid_KD: Float32s, size_K: NDArray[np.int64]) -> Float32s:
+    """Give each empty cluster half of the largest one, by moving both a little apart, as FAISS does.
+
+    Args:
+        centroid_KD: float32, shape (K, D), unit rows on the grid.
+        size_K: int64, shape (K,).
+
+    Returns:
+        float32, shape (K, D), unit rows on the grid.
+    """
+    centroid_KD, size_K = centroid_KD.copy(), size_K.copy()
+    apart_D = np.where(np.arange(centroid_KD.shape[1]) % 2, SPLIT, -SPLIT)
+    for empty in np.flatnonzero(size_K == 0).tolist():
+        largest = int(size_K.argmax())
+        if size_K[largest] < 2:
+            break
+        both_2D = centroid_KD[largest] * np.stack([1 + apart_D, 1 - apart_D])
+        centroid_KD[[largest, empty]] = on_grid(both_2D / vectors.norms(both_2D)[:, None])
+        size_K[empty] = size_K[largest] // 2
+        size_K[largest] -= size_K[empty]
+    return centroid_KD
+
+
+def _nearest_sums(vec_ND: Float16s, centroid_KD: Float32s, bf16: bool) -> tuple[Float64s, NDArray[np.int64]]:
+    return partial_sums(vec_ND, clusters_of(vec_ND, centroid_KD, bf16=bf16), len(centroid_KD))
 
 
 def _by_faiss(sample_MD: Float16s, k: int, iterations: int, seed: int, threads: int, gpu: bool) -> Float32s:

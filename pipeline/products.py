@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -68,6 +71,30 @@ def has_bf16() -> bool:
 def pays(work: int) -> bool:
     """Whether bfloat16 is worth its import for so many multiplications."""
     return work >= BF16_WORK and has_bf16()
+
+
+@contextmanager
+def each_alone(threads: int, bf16: bool) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads that each multiply alone, so that what stands between two products is done side by side, too.
+
+    Products of float32 have numpy's threads, which nobody can part: one thread asks for all of them.
+
+    Args:
+        threads: at least 1.
+        bf16: whether the products will be of bfloat16.
+    """
+    if not bf16:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # of threads that are yet to begin; this one has kept its own
 
 
 def operand(vec_ND: Float32s, bf16: bool) -> Operand:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import kmeans, vectors
+from pipeline import kmeans, products, vectors
 
 
 def unit_rows(seed, n, dims, distinct=None):
@@ -183,6 +183,13 @@ def test_the_objective_is_within_a_hundredth_of_float64_lloyd_where_clusters_ove
     assert ratio <= 1.01
 
 
+def test_a_sample_that_bfloat16_pays_for_is_trained_to_the_same_bits_by_any_number_of_threads():
+    vec_ND = unit_rows(9, 8300, 512, distinct=6000)
+    assert vec_ND.size * 2040 > products.BF16_WORK
+    found = [kmeans.train(vec_ND, 2040, 2, seed=0, threads=threads) for threads in (1, 3)]
+    assert found[0][0].tobytes() == found[1][0].tobytes() and found[0][1].tolist() == found[1][1].tolist()
+
+
 def test_every_row_of_the_sample_is_used():
     """FAISS alone would draw 256 rows per centroid, and is given a quarter here."""
     vec_ND = unit_rows(8, 3000, 4)
@@ -199,6 +206,25 @@ def test_the_last_half_of_the_iterations_are_exact_lloyd_steps(blobs):
     assert objective_I[1] == pytest.approx(distance_N.mean(), rel=1e-4)
     expected_KD = kmeans.recentre(*kmeans.partial_sums(blobs, cluster_N, 12), start_KD)
     assert np.array_equal(centroid_KD, expected_KD)
+
+
+def test_empty_clusters_get_halves_of_the_largest():
+    centroid_KD = np.array([[1, 0], [0.6, 0.8], [0, 1], [-1, 0]], np.float32)
+    split_KD = kmeans.split(centroid_KD, np.array([0, 7, 5, 0]))
+    moved = np.array([[0.6 * (1 - 2**-10), 0.8 * (1 + 2**-10)], [0.6 * (1 + 2**-10), 0.8 * (1 - 2**-10)]])
+    moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+    assert np.allclose(split_KD[[1, 0]], moved, atol=2**-24, rtol=0)
+    assert split_KD[[2, 3]].tolist() == [[0, 1], [0, 1]]  # 7 rows became 4 and 3, so that 5 are the most
+    assert split_KD[1, 0] < 0.6 < split_KD[0, 0]
+    assert np.array_equal(kmeans.split(centroid_KD, np.array([0, 1, 1, 0])), centroid_KD)
+    assert np.array_equal(kmeans.split(centroid_KD, np.array([2, 1, 1, 5])), centroid_KD)
+
+
+def test_clusters_that_lose_all_rows_are_used_again():
+    """Of 40 rows 30 are one: most of the first centroids coincide, yet each other row can have one of its own."""
+    vec_ND = np.concatenate([unit_rows(3, 10, 8), np.repeat(unit_rows(4, 1, 8), 30, axis=0)])
+    centroid_KD, _ = kmeans.train(vec_ND, 1500, 6, seed=0, threads=1)
+    assert kmeans.nearest(vec_ND, centroid_KD)[1].max() < 1e-3
 
 
 def test_one_iteration_moves_the_first_centroids_by_every_row():

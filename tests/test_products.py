@@ -1,7 +1,10 @@
 """Products with a bound: nothing that can be the largest is left out, in either precision, and little else remains."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,3 +89,14 @@ def test_a_part_of_an_operand_is_that_of_its_rows():
 def test_small_products_do_not_pay_for_an_import():
     assert not products.pays(products.BF16_WORK - 1)
     assert products.pays(products.BF16_WORK) == products.has_bf16()
+
+
+def test_threads_of_a_pool_multiply_alone_and_others_as_before():
+    before = torch.get_num_threads()
+    with products.each_alone(3, bf16=True) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == before
+    with products.each_alone(3, bf16=False) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
