@@ -135,9 +135,16 @@ def candidates(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> NDArray[np.i
         group_N: int32, shape (N,), in [0, K).
         keys: of the same N rows.
     """
-    rows = np.flatnonzero(cut.open_K[group_N])
-    for place in range(_depth(cut)):
-        rows = rows[keys.digit(place)[rows] == cut.prefix_KL[group_N[rows], place]]
+    depth = _depth(cut)
+    at_N = cut.open_K[group_N]
+    known = min(depth, cut.value_digits)
+    if known:
+        # The digits of the value in one comparison, of all rows.
+        shift = keys.value.dtype.type(DIGIT_BITS * (cut.value_digits - known))
+        at_N &= keys.value >> shift == (_value_bits(cut) >> shift)[group_N]
+    rows = np.flatnonzero(at_N)
+    for place in range(known, depth):
+        rows = rows[keys.take(rows).digit(place) == cut.prefix_KL[group_N[rows], place]]
     return rows
 
 
@@ -257,13 +264,14 @@ def taken(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> Bools:
     """
     if cut.open_K.any():
         raise ValueError(f"{int(cut.open_K.sum())} groups of the cut are still open")
-    taken_N = np.zeros(len(group_N), np.bool_)
-    equal = np.flatnonzero(cut.quota_K[group_N] > 0)
-    for place in range(cut.prefix_KL.shape[1]):
+    last_N, some_N = _value_bits(cut)[group_N], (cut.quota_K > 0)[group_N]
+    taken_N: Bools = some_N & (keys.value < last_N)
+    equal = np.flatnonzero(some_N & (keys.value == last_N))
+    for place in range(cut.value_digits, cut.prefix_KL.shape[1]):
         whole = cut.depth_K[group_N[equal]] == place
         taken_N[equal[whole]] = True
         equal = equal[~whole]
-        digit, last = keys.digit(place)[equal], cut.prefix_KL[group_N[equal], place]
+        digit, last = keys.take(equal).digit(place), cut.prefix_KL[group_N[equal], place]
         taken_N[equal[digit < last]] = True
         equal = equal[digit == last]
     taken_N[equal] = True
@@ -277,12 +285,18 @@ def last_value_bits(cut: Cut) -> tuple[NDArray[np.unsignedinteger], Bools]:
         uint32 or uint64 as the keys' values, shape (K,): the bits; and bool, shape (K,): False, with bits 0, where
         nothing is taken or the group is still open.
     """
-    uint = np.dtype(f"u{2 * cut.value_digits}").type
     known_K = ~cut.open_K & (cut.quota_K > 0)
+    bits_K = _value_bits(cut)
+    return np.where(known_K, bits_K, bits_K.dtype.type(0)), known_K
+
+
+def _value_bits(cut: Cut) -> NDArray[np.unsignedinteger]:
+    """The value of each group's last taken key, as far as its digits are known: uint32 or uint64, shape (K,)."""
+    uint = np.dtype(f"u{2 * cut.value_digits}").type
     bits_K = np.zeros(len(cut.quota_K), uint)
     for place in range(cut.value_digits):
         bits_K = bits_K << uint(DIGIT_BITS) | cut.prefix_KL[:, place]
-    return np.where(known_K, bits_K, uint(0)), known_K
+    return bits_K
 
 
 def _depth(cut: Cut) -> int:

@@ -143,7 +143,9 @@ def ordered_bits(value_N: Floats) -> NDArray[np.unsignedinteger]:
     uint = np.dtype(f"u{value_N.dtype.itemsize}").type
     sign = uint(1 << (8 * value_N.dtype.itemsize - 1))
     bits_N = (value_N + value_N.dtype.type(0)).view(uint)
-    ordered_N: NDArray[np.unsignedinteger] = np.where(bits_N & sign, ~bits_N, bits_N | sign)
+    flip_N = (bits_N.view(f"i{value_N.dtype.itemsize}") >> (8 * value_N.dtype.itemsize - 1)).view(uint)
+    flip_N |= sign  # all bits of a negative value, the sign of another
+    ordered_N: NDArray[np.unsignedinteger] = bits_N ^ flip_N
     return ordered_N
 
 

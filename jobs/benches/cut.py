@@ -6,8 +6,10 @@ count is off by the ties; the cut takes exactly what is asked for, ties by uid. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds, within
 from pipeline import exact
-from pipeline.exact import Counts, Keys
+from pipeline.exact import Counts, Cut, Keys
 from pipeline.quota import GATHER_ROWS
 from pipeline.vectors import ordered_bits
 
@@ -67,27 +69,34 @@ def timed(work: Callable[[Path, int], int], folder: Path, keep: int) -> tuple[fl
 
 
 def ours(folder: Path, keep: int) -> int:
-    """Histograms, the few rows that are left, then the kept rows of each part."""
+    """Histograms, the few rows that are left, then the kept rows of each part; a thread for each core."""
     cut = exact.start(np.array([keep]), value_bits=32)
-    while cut.undecided > GATHER_ROWS:
-        counts: list[Counts] = []
-        for unit in range(PARTS):
-            counts.append(exact.histogram(cut, *keys_of(folder, unit, COLUMNS[:1])))
-        cut = exact.refine(cut, exact.merge(counts))
-    groups, keys = [], []
-    for unit in range(PARTS):
-        group_N, part = keys_of(folder, unit, COLUMNS)
-        left = exact.candidates(cut, group_N, part)
-        groups.append(group_N[left])
-        keys.append(part.take(left))
-    cut = exact.settle(cut, np.concatenate(groups), Keys.join(keys))
-    kept = 0
-    for unit in range(PARTS):
-        table = read(folder, unit, COLUMNS)
-        taken = table.filter(pa.array(exact.taken(cut, *keys_of_table(table, unit))))
-        pq.write_table(taken, folder / f"ours-{unit:03}.kept", compression="none", use_dictionary=False)
-        kept += taken.num_rows
-    return kept
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while cut.undecided > GATHER_ROWS:
+            cut = exact.refine(cut, exact.merge(pool.map(partial(counted, folder, cut), range(PARTS))))
+        groups, keys = zip(*pool.map(partial(undecided, folder, cut), range(PARTS)), strict=True)
+        cut = exact.settle(cut, np.concatenate(groups), Keys.join(keys))
+        return sum(pool.map(partial(filtered, folder, cut), range(PARTS)))
+
+
+def counted(folder: Path, cut: Cut, unit: int) -> Counts:
+    """A part's histogram, from its scores alone."""
+    return exact.histogram(cut, *keys_of(read(folder, unit, COLUMNS[:1]), unit))
+
+
+def undecided(folder: Path, cut: Cut, unit: int) -> tuple[np.ndarray, Keys]:
+    """A part's rows that the histograms left."""
+    group_N, keys = keys_of(read(folder, unit, COLUMNS), unit)
+    left = exact.candidates(cut, group_N, keys)
+    return group_N[left], keys.take(left)
+
+
+def filtered(folder: Path, cut: Cut, unit: int) -> int:
+    """Write a part's kept rows; how many."""
+    table = read(folder, unit, COLUMNS)
+    kept = table.filter(pa.array(exact.taken(cut, *keys_of(table, unit))))
+    pq.write_table(kept, folder / f"ours-{unit:03}.kept", compression="none", use_dictionary=False)
+    return int(kept.num_rows)
 
 
 def read(folder: Path, unit: int, columns: list[str]) -> pa.Table:
@@ -95,13 +104,8 @@ def read(folder: Path, unit: int, columns: list[str]) -> pa.Table:
     return pq.read_table(folder / f"{unit:03}.parquet", columns=columns)
 
 
-def keys_of(folder: Path, unit: int, columns: list[str]) -> tuple[np.ndarray, Keys]:
-    """Groups and keys of a part; without the uid's columns all uids are 0."""
-    return keys_of_table(read(folder, unit, columns), unit)
-
-
-def keys_of_table(table: pa.Table, unit: int) -> tuple[np.ndarray, Keys]:
-    """Groups and keys of a part's rows, highest score first."""
+def keys_of(table: pa.Table, unit: int) -> tuple[np.ndarray, Keys]:
+    """Groups and keys of a part's rows, highest score first; without the uid's columns all uids are 0."""
     value_N = ~ordered_bits(table.column("score").to_numpy())
     rows = len(value_N)
     none_N = np.zeros(rows, np.uint64)

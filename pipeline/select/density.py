@@ -106,7 +106,7 @@ def project(
     if not least <= total <= most:
         raise ValueError(f"cannot share {total} samples: the clusters take {least} at least and {most} at most")
     free_K = low_K < high_K
-    target_F, low_F, high_F = target_K[free_K], low_K[free_K], high_K[free_K]
+    target_F, low_F, high_F = target_K[free_K], low_K[free_K].astype(np.float64), high_K[free_K].astype(np.float64)
     total_F = total - int(low_K[~free_K].sum())
     quota_K = low_K.astype(np.float64)
     if not free_K.any():
@@ -114,20 +114,20 @@ def project(
 
     # The sum over the clusters grows with the shift and bends where a cluster leaves `low` or reaches `high`.
     leaves_F, reaches_F = low_F - target_F, high_F - target_F
-    bend = np.unique(np.concatenate([leaves_F, reaches_F]))
-    below, above = 0, len(bend) - 1
-    while above - below > 1:
-        middle = (below + above) // 2
-        if np.clip(target_F + bend[middle], low_F, high_F).sum() <= total_F:
+    inner = np.concatenate([leaves_F, reaches_F])
+    below, above = inner.min(), inner.max()
+    while len(inner := inner[(inner > below) & (inner < above)]):
+        middle = np.partition(inner, len(inner) // 2)[len(inner) // 2]
+        if np.clip(target_F + middle, low_F, high_F).sum() <= total_F:
             below = middle
         else:
             above = middle
-    inside_F = (leaves_F <= bend[below]) & (bend[above] <= reaches_F)
-    capped_F = reaches_F <= bend[below]
+    inside_F = (leaves_F <= below) & (above <= reaches_F)
+    capped_F = reaches_F <= below
     fixed = int(high_F[capped_F].sum()) + int(low_F[~capped_F & ~inside_F].sum())
-    shift = float(bend[below])
+    shift = float(below)
     if inside_F.any():
-        shift = (total_F - fixed - math.fsum(target_F[inside_F])) / int(inside_F.sum())
+        shift = (total_F - fixed - math.fsum(target_F[inside_F].tolist())) / int(inside_F.sum())
     quota_K[free_K] = np.clip(target_F + shift, low_F, high_F)
     return quota_K, shift
 
@@ -151,8 +151,10 @@ def allocate(target_K: Float64s, low_K: NDArray[np.int64], high_K: NDArray[np.in
     quota_K = np.floor(real_K).astype(np.int64)
     # Compared in steps, so that equal remainders tie whatever their last bits are, and a whole number that rounding
     # put just below itself has the largest remainder of all.
-    remainder_K = np.rint((real_K - quota_K) / REMAINDER_STEP)
-    quota_K[np.argsort(-remainder_K, kind="stable")[: total - int(quota_K.sum())]] += 1
+    remainder_K = np.rint((real_K - quota_K) / REMAINDER_STEP).astype(np.int64)
+    more = total - int(quota_K.sum())
+    rank_K = np.arange(len(quota_K)) - remainder_K * len(quota_K)  # no two are equal
+    quota_K[np.argpartition(rank_K, max(more - 1, 0))[:more]] += 1
     return quota_K
 
 
