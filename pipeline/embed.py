@@ -204,7 +204,7 @@ def framer(framings: Sequence[Framing], fast: bool) -> Callable[[bytes | None], 
             return image
         try:
             return tuple(step(image) for step in steps)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return Undecodable("unreadable_image", f"{image.width} x {image.height} px: {error}"[:200])
 
     return frame
