@@ -30,13 +30,16 @@ class DamagedPart(PairsieveError):
     """A committed file does not hold the bytes that its receipt names."""
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical(value: Any) -> bytes:
     """JSON of plain values that is the same in every process.
 
     Raises:
         TypeError: a value that JSON cannot hold (no default representation is ever used).
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def digest(value: Any) -> str:

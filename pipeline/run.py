@@ -204,7 +204,7 @@ class _Bench:
     def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> None:
         """Make the parts that `map_together` would ask for next, so that a remote shard is fetched once."""
         parts = tuple(_part(task.name, read, output, _facts(read)) for output in read_before(task.after))
-        keys = [part_key(stage, parts, _pixels(parts[0])) for stage in task.after]
+        keys = [part_key(stage_key(stage), parts, _pixels(parts[0])) for stage in task.after]
         todo = [at for at, key in enumerate(keys) if read_receipt(self.store, task.after[at], key) is None]
         if todo:
             mine = replace(task, stages=tuple(task.after[at] for at in todo), inputs=parts)
@@ -247,16 +247,16 @@ def read_before(stages: Sequence[Stage]) -> tuple[str, ...]:
     return ("samples", "columns") if getattr(stages[0], "spare", ()) else ("samples",)
 
 
-def part_key(stage: Stage, inputs: Sequence[Part], pixels: Any = None) -> str:
+def part_key(stage: str, inputs: Sequence[Part], pixels: Any = None) -> str:
     """Stands for one part: its stage and all that it reads.
 
     Args:
-        stage: with its parameters.
+        stage: its `stage_key`.
         inputs: the part of each input dataset.
         pixels: for stages that read the pool: what identifies the unit's files (`_pixels`).
     """
     ids: list[Any] = [part.id for part in inputs]
-    return digest([stage_key(stage), ids if pixels is None else [*ids, pixels]])
+    return digest([stage, ids if pixels is None else [*ids, pixels]])
 
 
 def _listed(key: str) -> str:
@@ -542,8 +542,9 @@ class Run:
         return StoredRows(self.store, part)
 
     def _keys(self, stage: Stage, inputs: Sequence[Dataset], reads_pool: bool) -> Iterator[str]:
+        parameters = stage_key(stage)
         for parts in zip(*(d.parts for d in inputs), strict=True):
-            yield part_key(stage, parts, _pixels(parts[0]) if reads_pool else None)
+            yield part_key(parameters, parts, _pixels(parts[0]) if reads_pool else None)
 
     def _found(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
         finished = self._finished(stage, keys)

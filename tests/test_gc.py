@@ -109,6 +109,7 @@ def test_what_nobody_committed_is_never_read_and_listed_as_such(
         (run / name).write_bytes(b"garbage")
     told = {difference.file for difference in verify(Root(str(run)), Root(str(store)), Machine())}
     assert set(in_run) <= told
+    (run / "decisions/.tmp-killed").write_bytes(b"half written")
 
     recipe["select"][1]["cut"]["keep"] = 0.4  # misses parts, so that every record is looked for
     run_recipe(recipe, str(run))
