@@ -1,6 +1,7 @@
-"""The same work by one Ray worker and by two, of one thread each: embed, dedup, write.
+"""The same work by one Ray worker and by two, of one thread each: embed, dedup, write; and what the machine allows.
 
-Both crews are there all the time and have done a little of each before; one idles while the other is timed.
+Both crews are there all the time and have done the same before; one idles while the other is timed. Two virtual cores
+may be one: the first row is matrix products in the same workers, which share nothing but the machine.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.benches import copy
-from jobs.benches.measure import Row, paired
+from jobs.benches.measure import Row, paired, seconds
 from pipeline.curate import curate
 from pipeline.embed import embed
 from pipeline.encode import numerics, resolve
@@ -31,7 +33,8 @@ from pipeline.run import Run
 from pipeline.storage import Root
 
 RUNS = 3
-SHARDS, IMAGES, IMAGE_PX = 16, 100, 256
+PRODUCTS = 1600
+SHARDS, WARM, IMAGES, IMAGE_PX = 20, 4, 100, 256
 VECTOR_SHARDS, ROWS, DIMS = 64, 2000, 256
 GROUP_UNITS = 4
 """Units of a group: a small pool in as many tasks as a large one."""
@@ -46,8 +49,9 @@ def measure(scratch: Path) -> Iterator[Row]:
     (scratch / "copy").mkdir()
     copy.write_pool(scratch / "copy" / "pool")
     rows: dict[str, tuple[int, Callable[[Path, Executor, int], float]]] = {
-        "embed, tiny": (SHARDS * IMAGES, embed_seconds),
-        "dedup, all its stages": (VECTOR_SHARDS * ROWS, dedup_seconds),
+        "the machine itself, matrix products": (PRODUCTS, multiply_seconds),
+        "embed, tiny": ((SHARDS - WARM) * IMAGES, embed_seconds),
+        "dedup, but for k-means on its sample": (VECTOR_SHARDS * ROWS, dedup_seconds),
         "write": (copy.SHARDS * copy.SAMPLES, write_seconds),
     }
     try:
@@ -63,19 +67,35 @@ def measure(scratch: Path) -> Iterator[Row]:
             executor.close()
 
 
+@dataclass(frozen=True)
+class Multiply:
+    """A worker that multiplies matrices."""
+
+    def open(self) -> Callable[[int], float]:
+        matrix_NN = np.random.default_rng(0).random((1024, 1024), np.float32)
+        return lambda times: float(sum((matrix_NN @ matrix_NN)[0, 0] for _ in range(times)))
+
+
+def multiply_seconds(scratch: Path, executor: Executor, number: int) -> float:
+    """Of work that needs nothing but processors."""
+    return seconds(lambda: list(executor.each(Multiply(), [PRODUCTS // 16] * 16)))
+
+
 def embed_seconds(scratch: Path, executor: Executor, number: int) -> float:
-    """Of the embed stage over images that have been read; another name of the model makes it another stage."""
+    """Of the embed stage with its model loaded; another name of the model makes it another stage."""
     machine = Machine(threads=1)
     run = Run(Root(str(scratch / "store")), Root(str(scratch / "run")), executor, machine)
     units = list_units(Pool("webdataset", str(scratch / "images")), {})
     samples = run.read(Read("webdataset"), units)["samples"]
     weights, here = resolve(None, "tiny"), run.numerics(numerics)
-    run.map(embed(f"tiny-{number}", weights, here, "webdataset", False, ()), samples, units=units)
+    stage = embed(f"tiny-{number}", weights, here, "webdataset", False, ())
+    run.map(stage, replace(samples, parts=samples.parts[:WARM]), units=units[:WARM])
+    run.map(stage, samples, units=units)
     return float(run.times[-1]["seconds"])
 
 
 def dedup_seconds(scratch: Path, executor: Executor, number: int) -> float:
-    """Of everything that the dedup step does; another seed has other clusters."""
+    """Of what the dedup step does for each group and cluster; another seed has other clusters."""
     recipe = {
         "pool": {"format": "datacomp", "path": str(scratch / "vectors")},
         "models": {"own": {"image": "img"}},
@@ -85,7 +105,8 @@ def dedup_seconds(scratch: Path, executor: Executor, number: int) -> float:
     }
     run = Run(Root(str(scratch / "store")), Root(str(scratch / "run")), executor, Machine(threads=1))
     curate(run, recipe_of(recipe), GROUP_UNITS)
-    return sum(float(s["seconds"]) for s in run.times if s["stage"].startswith(("cluster_", "dedup_")))
+    stages = ("cluster_draw", "cluster_assign", "dedup_scatter", "dedup_within", "dedup_drop")
+    return sum(float(stage["seconds"]) for stage in run.times if stage["stage"] in stages)
 
 
 def write_seconds(scratch: Path, executor: Executor, number: int) -> float:
