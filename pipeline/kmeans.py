@@ -162,10 +162,19 @@ def nearest(
     distance_N = np.empty(len(vec_ND), np.float32)
     norm_K = vectors.norms(centroid_KD)
     for rows, vec_BD, cluster_B in _assigned(vec_ND, centroid_KD, block_rows, bf16):
-        cos_B = vectors.dots(vec_BD, centroid_KD[cluster_B]) / (vectors.norms(vec_BD) * norm_K[cluster_B])
         cluster_N[rows] = cluster_B
-        distance_N[rows] = np.maximum(1 - cos_B, 0)  # the quotient may round above 1
+        distance_N[rows] = _distances(vec_BD, cluster_B, centroid_KD, norm_K)
     return cluster_N, distance_N
+
+
+def _distances(vec_BD: Float32s, cluster_B: NDArray[np.int64], centroid_KD: Float32s, norm_K: Float64s) -> Float64s:
+    distance_B = np.empty(len(vec_BD))
+    for start in range(0, len(vec_BD), vectors.DOT_ROWS):
+        few = slice(start, start + vectors.DOT_ROWS)
+        vec_FD, centroid_FD = vec_BD[few].astype(np.float64), centroid_KD[cluster_B[few]].astype(np.float64)
+        norm_F = np.sqrt(np.vecdot(vec_FD, vec_FD))
+        distance_B[few] = 1 - np.vecdot(vec_FD, centroid_FD) / (norm_F * norm_K[cluster_B[few]])
+    return np.maximum(distance_B, 0)  # the quotient may round above 1
 
 
 def clusters_of(

@@ -31,7 +31,7 @@ BF16_WORK = 2**33
 
 DENSE = 8  # places per row that remain of a bfloat16 product, above which a float32 product is cheaper than pairs
 EPS32, EPS16 = 2.0**-24, 2.0**-8  # half a unit in the last place, relative
-FOLD = 8
+FOLD, LEAST_STRETCH = 8, 256
 
 Number = TypeVar("Number", np.float32, np.int16)
 
@@ -110,12 +110,13 @@ def operand(vec_ND: Float32s, bf16: bool) -> Operand:
         import torch
 
         low = torch.empty(vec_ND.shape, dtype=torch.bfloat16)
+        spare = torch.empty((DOT_ROWS, vec_ND.shape[1]))
     for start in range(0, len(vec_ND), DOT_ROWS):
         block = slice(start, start + DOT_ROWS)
         norm_N[block] = np.sqrt(np.vecdot(vec_ND[block], vec_ND[block]))
         if low is not None:
             whole = torch.from_numpy(vec_ND[block])
-            lost_BD = low[block].copy_(whole).float().sub_(whole).numpy()
+            lost_BD = spare[: len(whole)].copy_(low[block].copy_(whole)).sub_(whole).numpy()
             lost_N[block] = np.sqrt(np.vecdot(lost_BD, lost_BD))
     return Operand(vec_ND, norm_N, low, lost_N)
 
@@ -151,10 +152,10 @@ def candidates(
 def _folded(value_BC: NDArray[Number]) -> NDArray[Number]:
     """The largest of each FOLD columns, those at the same place of as many stretches: one pass over memory, not three.
 
-    Fewer columns where FOLD does not divide them.
+    Of fewer columns where FOLD does not divide them or they are few, for which a pass costs less than a stretch.
     """
     rows, columns = value_BC.shape
-    fold = math.gcd(columns, FOLD)
+    fold = math.gcd(columns, FOLD) if columns >= FOLD * LEAST_STRETCH else 1
     folded_BW: NDArray[Number] = value_BC.reshape(rows, fold, columns // fold).max(axis=1)
     return folded_BW
 
