@@ -1,6 +1,6 @@
 """Concepts: survivors' vectors in, centroids and each survivor's cluster out.
 
-FAISS on a sample chosen by hash, then exact passes over all units (methods.md 1.1, reliability.md 2): sums of stored
+k-means on a sample chosen by hash, then exact passes over all units (methods.md 1.1, reliability.md 2): sums of stored
 float16 values are exact in float64, so the centroids are the same bits for any number of workers.
 """
 
@@ -193,7 +193,7 @@ class Train:
     name: ClassVar[str] = "cluster_train"
     version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("centroids",)
-    exact: ClassVar[bool] = False  # FAISS's float32 sums differ between processors
+    exact: ClassVar[bool] = False  # the first centroids: FAISS's float32 sums differ between processors
 
     def build(self, machine: Machine) -> Function:
         def train(drawn: Rows) -> Made:
