@@ -325,14 +325,14 @@ def test_a_pool_on_s3_is_listed_afresh_each_time():
         host, port = server.get_host_and_port()
         options = {"s3": {"endpoint_url": f"http://{host}:{port}", "key": "k", "secret": "s"}}
         fs = fsspec.filesystem("s3", **options["s3"])
-        fs.mkdir("bucket")
-        fs.pipe_file("bucket/pool/0.tar", b"12")
-        path = "s3://bucket/pool/*.tar"
+        fs.mkdir("listed")  # a name of its own: all servers of a process hold the same buckets
+        fs.pipe_file("listed/pool/0.tar", b"12")
+        path = "s3://listed/pool/*.tar"
         [unit] = list_units(Pool(format="webdataset", path=path), options)
         # Written by somebody else: this process's cached listing knows nothing of it.
-        fsspec.filesystem("s3", **options["s3"], skip_instance_cache=True).pipe_file("bucket/pool/1.tar", b"3")
+        fsspec.filesystem("s3", **options["s3"], skip_instance_cache=True).pipe_file("listed/pool/1.tar", b"3")
         assert shards("webdataset", path, options) == ["0.tar", "1.tar"]
     finally:
         server.stop()
     source = unit.sources["tar"]
-    assert (source.url, source.bytes, source.etag) == ("s3://bucket/pool/0.tar", 2, md5(b"12").hexdigest())
+    assert (source.url, source.bytes, source.etag) == ("s3://listed/pool/0.tar", 2, md5(b"12").hexdigest())
