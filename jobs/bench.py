@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from jobs.benches.measure import Row
+from jobs.benches.picture import picture
 from jobs.entry import DONE, main
 from pipeline.config import nearest
 from pipeline.errors import UserError
@@ -37,6 +38,7 @@ def bench(
     for name in names or ():
         if name not in BENCHES:
             raise UserError(f"bench: {name!r} is no bench{nearest(name, list(BENCHES))}")
+    out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in names or BENCHES:
         measure: Callable[[Path], Iterator[Row]] = import_module(f"jobs.benches.{name}").measure
@@ -44,8 +46,9 @@ def bench(
             for row in measure(Path(scratch)):
                 print(line(row), flush=True)
                 rows.append(row)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        # After each, for it may be stopped before the last.
+        (out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        (out / "bench.svg").write_text(picture(rows))
     return DONE
 
 
