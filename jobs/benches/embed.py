@@ -40,7 +40,7 @@ from pipeline.storage import Root, UnitFiles
 from pipeline.vectors import Uint8s
 
 ARCH = "ViT-B-32"
-PAIRS, TINY_PAIRS = 256, 2048
+PAIRS, TINY_PAIRS = 192, 2048
 SHARDS = 2
 SHORT, LONG = (1, 5), (8, 16)
 """Words of a caption, fewest and most: clip art's, and LAION's."""
@@ -49,7 +49,7 @@ USUAL = {SHORT: 1.5, LONG: 1.35}
 RUNS = 3
 TWO_THREADS = Machine(device="cpu", threads=2, image_batch=32, text_batch=128)
 TWO_WORKERS = Machine(device="cpu", threads=1, workers=2, image_batch=32, text_batch=128)
-PEER_TRIES = ((0, 32), (1, 32), (2, 32), (1, 64))
+PEER_TRIES = ((0, 32), (1, 32), (2, 32))
 """Workers of the DataLoader, and batch."""
 
 
