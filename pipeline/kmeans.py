@@ -19,7 +19,7 @@ from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 GRID = 2.0**24
 PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centroid at a time
 SOME = 4  # the first iterations are on one row in so many
-LEAST_PER_CLUSTER = 16  # rows that these have for each cluster at least, where there are
+LEAST_PER_CLUSTER = 8  # rows that these have for each cluster at least, where there are
 SPLIT = 2.0**-10
 GEMM_CELLS = 2**22  # products held at a time: 8 or 16 MiB
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
@@ -30,8 +30,8 @@ def train(
 ) -> tuple[Float32s, Float64s]:
     """Cluster a sample by cosine; the same bits for any number of threads.
 
-    FAISS chooses the first centroids. The first half of the iterations, in which centroids go most of their way, are
-    exact Lloyd steps over some of the rows, the other half over all of them. On a GPU FAISS does all but the last.
+    FAISS chooses the first centroids, and on a GPU does all iterations but the last. The others are exact Lloyd steps:
+    three quarters of them, in which centroids go most of their way, over some of the rows, the last over all.
 
     Fewer distinct rows than `k`, or fewer rows, leave centroids that coincide or that no row is nearest to.
 
@@ -57,13 +57,14 @@ def train(
     if not len(sample_MD):
         raise ValueError("k-means needs at least one row")
     gpu = gpu and faiss.get_num_gpus() > 0
-    some_SD = sample_MD[:: max(1, min(SOME, len(sample_MD) // (LEAST_PER_CLUSTER * k)))]
-    centroid_KD = _by_faiss(sample_MD if gpu else some_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
+    most = max(1, len(sample_MD) // (LEAST_PER_CLUSTER * k))
+    first_SD, some_SD = sample_MD[:: 1 if gpu else most], sample_MD[:: min(SOME, most)]
+    centroid_KD = _by_faiss(first_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
     bf16 = pays(sample_MD.size * k)
     distance_I = []
     with each_alone(threads, bf16) as pool:
         for step in range(iterations - 1 if gpu else 0, iterations):
-            rows = some_SD if step < iterations // 2 else sample_MD
+            rows = some_SD if step < iterations - -(-iterations // 4) else sample_MD
             parts = np.array_split(rows, threads if bf16 else 1)
             sum_KD, size_K = np.zeros(centroid_KD.shape), np.zeros(k, np.int64)
             for partial_KD, partial_K in pool.map(partial(_nearest_sums, centroid_KD=centroid_KD, bf16=bf16), parts):

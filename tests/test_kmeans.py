@@ -161,7 +161,7 @@ def test_training_is_as_good_as_float64_lloyd_and_repeats_itself(blobs):
     centroid_KD, objective_I = kmeans.train(blobs, 12, 20, seed=1, threads=1)
     again_KD, again_I = kmeans.train(blobs, 12, 20, seed=1, threads=2)
     assert (centroid_KD.tobytes(), objective_I.tobytes()) == (again_KD.tobytes(), again_I.tobytes())
-    assert (centroid_KD.dtype, objective_I.dtype, len(objective_I)) == (np.float32, np.float64, 10)
+    assert (centroid_KD.dtype, objective_I.dtype, len(objective_I)) == (np.float32, np.float64, 5)
     reached = kmeans.nearest(blobs, centroid_KD)[1].mean()
     assert reached <= 1.01 * min(lloyd(blobs, 12, 20, seed) for seed in range(3))
     assert objective_I[-1] == pytest.approx(reached, rel=1e-3)
@@ -198,9 +198,9 @@ def test_every_row_of_the_sample_is_used():
     assert np.allclose(centroid_KD[0], mean / np.linalg.norm(mean), atol=2**-25, rtol=0)
 
 
-def test_the_last_half_of_the_iterations_are_exact_lloyd_steps(blobs):
-    start_KD = kmeans.train(blobs, 12, 2, seed=1, threads=1)[0]
-    centroid_KD, objective_I = kmeans.train(blobs, 12, 3, seed=1, threads=1)
+def test_the_last_quarter_of_the_iterations_are_exact_lloyd_steps_over_all_rows(blobs):
+    start_KD = kmeans.train(blobs, 12, 4, seed=1, threads=1)[0]
+    centroid_KD, objective_I = kmeans.train(blobs, 12, 5, seed=1, threads=1)
     assert len(objective_I) == 2
     cluster_N, distance_N = kmeans.nearest(blobs, start_KD)
     assert objective_I[1] == pytest.approx(distance_N.mean(), rel=1e-4)
@@ -242,7 +242,7 @@ def test_degenerate_samples_give_k_unit_centroids_and_no_warning(n, distinct, k,
     centroid_KD, objective_I = kmeans.train(vec_ND, k, 5, seed=0, threads=1)
     assert centroid_KD.shape == (k, 6)
     assert np.allclose(vectors.norms(centroid_KD), 1, atol=1e-6)
-    assert objective_I.shape == (3,) and np.isfinite(objective_I).all()
+    assert objective_I.shape == (2,) and np.isfinite(objective_I).all()
     cluster_N, distance_N = kmeans.nearest(vec_ND, centroid_KD)
     assert cluster_N.min() >= 0
     if k >= distinct:
