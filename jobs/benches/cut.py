@@ -101,17 +101,17 @@ def filtered(folder: Path, cut: Cut, unit: int) -> int:
 
 def read(folder: Path, unit: int, columns: list[str]) -> pa.Table:
     """Columns of a part."""
-    return pq.read_table(folder / f"{unit:03}.parquet", columns=columns)
+    return pq.read_table(folder / f"{unit:03}.parquet", columns=columns, memory_map=True, use_threads=False)
 
 
 def keys_of(table: pa.Table, unit: int) -> tuple[np.ndarray, Keys]:
     """Groups and keys of a part's rows, highest score first; without the uid's columns all uids are 0."""
     value_N = ~ordered_bits(table.column("score").to_numpy())
     rows = len(value_N)
-    none_N = np.zeros(rows, np.uint64)
+    none_N = np.broadcast_to(np.uint64(0), rows)
     high_N, low_N = (table.column(n).to_numpy() if n in table.column_names else none_N for n in COLUMNS[1:])
-    unit_N, row_N = np.full(rows, unit, np.uint32), np.arange(rows, dtype=np.uint32)
-    return np.zeros(rows, np.int32), Keys(value_N, high_N, low_N, unit_N, row_N)
+    unit_N, row_N = np.broadcast_to(np.uint32(unit), rows), np.arange(rows, dtype=np.uint32)
+    return np.broadcast_to(np.int32(0), rows), Keys(value_N, high_N, low_N, unit_N, row_N)
 
 
 def theirs(folder: Path, keep: int) -> int:
