@@ -33,8 +33,8 @@ from pipeline.run import Run
 from pipeline.storage import Root
 
 RUNS = 3
-PRODUCTS = 1600
-SHARDS, WARM, IMAGES, IMAGE_PX = 20, 4, 100, 256
+PRODUCTS = 160
+SHARDS, WARM, IMAGES, IMAGE_PX = 14, 4, 100, 256
 VECTOR_SHARDS, ROWS, DIMS = 64, 2000, 256
 GROUP_UNITS = 4
 """Units of a group: a small pool in as many tasks as a large one."""
