@@ -62,6 +62,9 @@ THREAD_VARIABLES = (
 )
 """Read when a library is first imported, hence set before an actor's process starts."""
 
+UNPICKLING = re.compile(r"RAY_\w*(AUTOLOAD|ALLOW_UNSAFE)\w*")
+"""Variables with which Ray unpickles what a parquet file says."""
+
 log = logging.getLogger(__name__)
 
 
@@ -207,10 +210,13 @@ class RayExecutor:
         address: host:port of a cluster's head. None: RAY_ADDRESS; where that is not set, a local Ray is started.
 
     Raises:
-        UserError: no cluster of this Ray's version answers at the address, or it refuses the token.
+        UserError: no cluster of this Ray's version answers at the address, or it refuses the token; a variable is set
+            that would have Ray unpickle input.
     """
 
     def __init__(self, machine: Machine, address: str | None = None) -> None:
+        for name in sorted(filter(UNPICKLING.fullmatch, os.environ)):
+            raise UserError(f"{name}: unset it: with it Ray executes what is pickled in a parquet file")
         self._machine = machine
         self._crews = {gpu: _Crew(gpu) for gpu in (False, True)}
         self._ours = not ray.is_initialized()

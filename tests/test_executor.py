@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.executor import Executor, Failure, Serial
 from pipeline.machine import Machine
 from tests.toy_workers import Broken, Environment, Fatal, Square
@@ -109,6 +110,16 @@ def test_a_call_inside_another_one_keeps_both_apart(executor: Executor, tmp_path
 
 def test_a_gpu_is_not_needed(executor: Executor, tmp_path: Path) -> None:
     assert dict(executor.each(Square(str(tmp_path)), [3], gpu=True)) == {0: 9}
+
+
+@pytest.mark.goal("S-a")
+@pytest.mark.parametrize("name", ["RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "RAY_ALLOW_UNSAFE_ANYTHING"])
+def test_a_variable_that_has_ray_unpickle_input_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from pipeline.ray_executor import RayExecutor
+
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{name}: unset it"):
+        RayExecutor(Machine(threads=1, workers=1))
 
 
 @pytest.mark.ray
