@@ -264,7 +264,7 @@ def begin(run: Run, recipe: Recipe, units: Sequence[Unit], found: Sequence[Datas
     line of recipe.yaml tells them apart, wherever the pool lies.
     """
     anywhere = resolved(replace(recipe, pool=replace(recipe.pool, path="")))
-    mark = digest([anywhere, [u.shard for u in units], [[p.id for p in d.parts] for d in found]])
+    mark = digest([anywhere, [u.shard for u in units], [list(d.ids()) for d in found]])
     line = f"# {mark}\n".encode()
     if run.directory.bytes("recipe.yaml") is None or not run.directory.read("recipe.yaml").startswith(line):
         forget_others(run, {})

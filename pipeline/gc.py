@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.parts import PARTS
 from pipeline.record import load_record, receipts_of
-from pipeline.run import LISTED, LOOSE, MANIFESTS, PARTS, SEGMENTS, in_order, read_record
+from pipeline.run import LISTED, LOOSE, MANIFESTS, SEGMENTS, in_order, read_record
 from pipeline.storage import TEMPORARY, Root, redacted
 
 STALE_S = 24 * 3600.0

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from operator import eq
+from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,8 @@ from pipeline.errors import PairsieveError
 from pipeline.stage import Sink
 from pipeline.storage import Root
 
+T = TypeVar("T")
+
 INDEX = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
 """One destination in the index of a shuffle file."""
 
@@ -29,6 +33,9 @@ INDEX = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("sha256", "S64")])
 class DamagedPart(PairsieveError):
     """A committed file does not hold the bytes that its receipt names."""
 
+
+ID_BYTES = 16
+"""Of a digest as `digest` gives it."""
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -44,7 +51,19 @@ def canonical(value: Any) -> bytes:
 
 def digest(value: Any) -> str:
     """32 hex digits that stand for a plain value."""
-    return hashlib.sha256(canonical(value)).hexdigest()[:32]
+    return hashlib.sha256(canonical(value)).hexdigest()[: 2 * ID_BYTES]
+
+
+PARTS = "parts"
+"""Folder of a store for the files of all parts."""
+
+PACKED = struct.Struct("<16s32sqqi")
+"""A file in `Committed`: key of its part, digest, length, rows, buckets."""
+
+
+def part_path(stage: str, output: str, key: str, sha256: str) -> str:
+    """Where a file of a part lies below the store's root: named after what was asked for and what came of it."""
+    return f"{PARTS}/{stage}/{key[:2]}/{key}-{output}-{sha256[:16]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +88,52 @@ class File:
     bucket: int | None = None
 
 
-@dataclass(frozen=True)
+class _OnDemand(Sequence[T]):
+    """Items that are made when they are asked for; equal to any sequence of equal ones."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Committed(_OnDemand[File]):
+    """The files of one output of a stage, one for each part: 68 bytes and their facts, where a File takes 600.
+
+    Attributes:
+        stage, output: what made them.
+        packed: so many PACKED.
+        facts: of each file; the same list for all outputs of a stage.
+        bucket: of all of them (File).
+    """
+
+    stage: str
+    output: str
+    packed: bytes
+    facts: Sequence[str]
+    bucket: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @overload
+    def __getitem__(self, at: int) -> File: ...
+    @overload
+    def __getitem__(self, at: slice) -> Committed: ...
+    def __getitem__(self, at: int | slice) -> File | Committed:
+        if isinstance(at, slice):
+            first, last, _ = at.indices(len(self))
+            packed = self.packed[first * PACKED.size : last * PACKED.size]
+            return replace(self, packed=packed, facts=self.facts[first:last])
+        at = range(len(self))[at]
+        key, sha256, length, rows, buckets = PACKED.unpack_from(self.packed, at * PACKED.size)
+        path = part_path(self.stage, self.output, key.hex(), sha256.hex())
+        return File(path, sha256.hex(), length, rows, self.facts[at], buckets, self.bucket)
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """The files that one task reads together; `id` stands for their content, wherever they lie.
 
@@ -80,12 +144,61 @@ class Part:
     """
 
     name: str
-    files: tuple[File, ...]
+    files: Sequence[File]
     given: str = "{}"
 
-    @cached_property
+    @property
     def id(self) -> str:
         return digest([[[f.sha256, f.bucket] for f in self.files], self.given])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Listed(_OnDemand[Part]):
+    """A part for each file of an output.
+
+    Attributes:
+        names: of the parts; the same list for all outputs of all stages over the same units.
+        files: as many.
+    """
+
+    names: Sequence[str]
+    files: Committed
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, at: int) -> Part: ...
+    @overload
+    def __getitem__(self, at: slice) -> Listed: ...
+    def __getitem__(self, at: int | slice) -> Part | Listed:
+        if isinstance(at, slice):
+            return Listed(self.names[at], self.files[at])
+        return Part(self.names[at], (self.files[at],))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Derived(_OnDemand[Part]):
+    """Parts that follow from others.
+
+    Attributes:
+        length: how many.
+        make: the part at a position.
+    """
+
+    length: int
+    make: Callable[[int], Part]
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, at: int) -> Part: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Part, ...]: ...
+    def __getitem__(self, at: int | slice) -> Part | tuple[Part, ...]:
+        found = range(self.length)[at]
+        return self.make(found) if isinstance(found, int) else tuple(map(self.make, found))
 
 
 @dataclass(frozen=True)
@@ -95,19 +208,27 @@ class Dataset:
     Attributes:
         stage: name of the stage that made it.
         key: stands for what was asked: the stage's parameters and all it read.
-        parts: one for each unit, or group of units.
+        parts: one for each unit, or group of units; they may be made when asked for.
     """
 
     stage: str
     key: str
-    parts: tuple[Part, ...] = field(repr=False)
+    parts: Sequence[Part] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(f.rows for p in self.parts for f in p.files)
+
+    def ids(self) -> Iterator[str]:
+        """The id of each part, in order; computed once."""
+        return (self._ids[at : at + ID_BYTES].hex() for at in range(0, len(self._ids), ID_BYTES))
+
+    @cached_property
+    def _ids(self) -> bytes:
+        return b"".join(bytes.fromhex(part.id) for part in self.parts)
 
     def facts(self) -> Iterator[dict[str, Any]]:
         """The facts of every committed file, in order."""
@@ -117,17 +238,20 @@ class Dataset:
 
     def grouped(self, parts: int) -> Dataset:
         """The same files, with so many consecutive parts read by one task."""
-        groups = [self.parts[i : i + parts] for i in range(0, len(self.parts), parts)]
-        return Dataset(
-            self.stage,
-            self.key,
-            tuple(Part(f"{g[0].name}..{g[-1].name}" if len(g) > 1 else g[0].name, _files(g)) for g in groups),
-        )
+        return self._derived(-(-len(self.parts) // parts), lambda i: self._group(i * parts, (i + 1) * parts))
+
+    def _group(self, first: int, last: int) -> Part:
+        group = self.parts[first:last]
+        return Part(f"{group[0].name}..{group[-1].name}" if len(group) > 1 else group[0].name, _files(group))
 
     def joined(self, ranges: Sequence[range]) -> Dataset:
         """A part for each range of parts, which may overlap: the files of all parts in it."""
-        found = [self.parts[r.start : r.stop] for r in ranges]
-        return Dataset(self.stage, self.key, tuple(Part(f[0].name, _files(f)) for f in found))
+
+        def join(at: int) -> Part:
+            found = self.parts[ranges[at].start : ranges[at].stop]
+            return Part(found[0].name, _files(found))
+
+        return self._derived(len(ranges), join)
 
     def spread(self, parts: int) -> Dataset:
         """The one part of this dataset, read by each of so many tasks."""
@@ -141,14 +265,10 @@ class Dataset:
         """
         files = _files(self.parts)
         every = digest([f.sha256 for f in files])
-        return Dataset(
-            self.stage,
-            self.key,
-            tuple(
-                Bucket(f"{self.stage}[{i}]", tuple(replace(f, bucket=i) for f in files), every=every)
-                for i in range(buckets)
-            ),
-        )
+        return self._derived(buckets, lambda i: Bucket(f"{self.stage}[{i}]", _in_bucket(files, i), every=every))
+
+    def _derived(self, count: int, make: Callable[[int], Part]) -> Dataset:
+        return Dataset(self.stage, self.key, _Derived(count, make))
 
 
 def given(values: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> Dataset:
@@ -157,19 +277,25 @@ def given(values: Sequence[dict[str, Any]], names: Sequence[str] | None = None) 
     return Dataset("given", "", tuple(Part(name, (), canonical(value).decode()) for name, value in named))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bucket(Part):
     """One destination of a shuffle; hashing all files once is enough for all destinations."""
 
     every: str = ""
 
-    @cached_property
+    @property
     def id(self) -> str:
         return digest([self.every, self.files[0].bucket if self.files else None])
 
 
-def _files(parts: Sequence[Part]) -> tuple[File, ...]:
-    return tuple(f for p in parts for f in p.files)
+def _files(parts: Sequence[Part]) -> Sequence[File]:
+    return parts.files if isinstance(parts, Listed) else tuple(f for p in parts for f in p.files)
+
+
+def _in_bucket(files: Sequence[File], bucket: int) -> Sequence[File]:
+    if isinstance(files, Committed):
+        return replace(files, bucket=bucket)
+    return tuple(replace(f, bucket=bucket) for f in files)
 
 
 def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:

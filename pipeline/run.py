@@ -21,10 +21,12 @@ import logging
 import os
 import socket
 import time
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import pyarrow as pa
@@ -34,7 +36,20 @@ from pipeline.costs import Spent, Took, verdict
 from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Executor, Failure
 from pipeline.machine import Machine
-from pipeline.parts import Dataset, File, Part, StoredRows, canonical, digest, to_parquet, to_shuffle
+from pipeline.parts import (
+    PACKED,
+    Committed,
+    Dataset,
+    File,
+    Listed,
+    Part,
+    StoredRows,
+    canonical,
+    digest,
+    part_path,
+    to_parquet,
+    to_shuffle,
+)
 from pipeline.stage import Function, Made, Sink, Stage, Unit
 from pipeline.storage import Root, UnitFiles, scheme_of
 
@@ -44,17 +59,51 @@ T = TypeVar("T")
 
 SEGMENT_PARTS = 4096
 
-MANIFESTS, SEGMENTS, LOOSE, PARTS = "manifests", "segments", "receipts", "parts"
-"""Folders of a store, each with a folder for each stage."""
+MANIFESTS, SEGMENTS, LOOSE = "manifests", "segments", "receipts"
+"""Folders of a store, each with a folder for each stage; as parts.PARTS."""
 
 LISTED, FAILED = "listed", "failed"
 """Folders of a store: memos of what was read, and for each stage with failures their record."""
 
 RECEIPTS = pa.schema([("key", pa.string()), ("receipt", pa.string())])
+RECEIPT_BATCH = 4096
+"""Receipts that are text at the same time, where a manifest is written or read."""
 
 Receipt = dict[str, Any]
 """key; stage; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; exports: path in
 the run directory -> {sha256, bytes}; facts; content: role -> sha256 of the unit's files, for a first read."""
+
+
+class Receipts:
+    """Receipts by key, deflated against the first of them: some 200 bytes each, where a Receipt takes 2,500."""
+
+    def __init__(self) -> None:
+        self._first = b""
+        self._held: dict[str, bytes] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._held
+
+    def __getitem__(self, key: str) -> Receipt:
+        return cast(Receipt, json.loads(self.record(key).rpartition(b"\n")[0]))
+
+    def record(self, key: str) -> bytes:
+        """A receipt as it is stored."""
+        return zlib.decompressobj(zdict=self._first).decompress(self._held[key])
+
+    def add(self, receipt: Receipt) -> None:
+        """Hold one more; the last of a key counts."""
+        record = sealed(receipt)
+        self._first = self._first or record
+        deflate = zlib.compressobj(zdict=self._first)
+        self._held[receipt["key"]] = deflate.compress(record) + deflate.flush()
+
+    def drop(self, key: str) -> None:
+        """Hold one less."""
+        del self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
 
 
 def sealed(value: Any) -> bytes:
@@ -204,7 +253,8 @@ class _Bench:
     def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> None:
         """Make the parts that `map_together` would ask for next, so that a remote shard is fetched once."""
         parts = tuple(_part(task.name, read, output, _facts(read)) for output in read_before(task.after))
-        keys = [part_key(stage_key(stage), parts, _pixels(parts[0])) for stage in task.after]
+        ids, pixels = [part.id for part in parts], _pixels(parts[0])
+        keys = [part_key(stage_key(stage), ids, pixels) for stage in task.after]
         todo = [at for at, key in enumerate(keys) if read_receipt(self.store, task.after[at], key) is None]
         if todo:
             mine = replace(task, stages=tuple(task.after[at] for at in todo), inputs=parts)
@@ -247,16 +297,15 @@ def read_before(stages: Sequence[Stage]) -> tuple[str, ...]:
     return ("samples", "columns") if getattr(stages[0], "spare", ()) else ("samples",)
 
 
-def part_key(stage: str, inputs: Sequence[Part], pixels: Any = None) -> str:
+def part_key(stage: str, ids: Sequence[str], pixels: Any = None) -> str:
     """Stands for one part: its stage and all that it reads.
 
     Args:
         stage: its `stage_key`.
-        inputs: the part of each input dataset.
+        ids: of the part of each input dataset.
         pixels: for stages that read the pool: what identifies the unit's files (`_pixels`).
     """
-    ids: list[Any] = [part.id for part in inputs]
-    return digest([stage, ids if pixels is None else [*ids, pixels]])
+    return digest([stage, [*ids] if pixels is None else [*ids, pixels]])
 
 
 def _listed(key: str) -> str:
@@ -285,8 +334,7 @@ def commit(
         raise SchemaError(f"{stage.name}: made {sorted(made.tables)}, declares {sorted(stage.outputs)}")
     files = {}
     for output, table in sorted(made.tables.items()):
-        stem = f"{PARTS}/{stage.name}/{key[:2]}/{key}-{output}"
-        described = publish(store, stem, table, made.buckets)
+        described = publish(store, partial(part_path, stage.name, output, key), table, made.buckets)
         files[output] = {**described, "rows": table.num_rows, "buckets": made.buckets or 0}
     exports = {path: export(directory, path, write) for path, write in sorted(made.exports.items())}
     receipt: Receipt = {
@@ -315,12 +363,8 @@ def commit(
     return first
 
 
-def publish(store: Root, stem: str, table: pa.Table, buckets: int | None) -> dict[str, Any]:
-    """Write one file of a part under a name that ends in its digest; its path, digest and length."""
-
-    def named(sha256: str) -> str:
-        return f"{stem}-{sha256[:16]}"
-
+def publish(store: Root, named: Callable[[str], str], table: pa.Table, buckets: int | None) -> dict[str, Any]:
+    """Write one file of a part under the name that its digest gives it; its path, digest and length."""
     if buckets is None:
         data = to_parquet(table)
         sha256, length = _sha256(data), len(data)
@@ -443,9 +487,9 @@ class Run:
         if units is not None and len(units) != len(keys[0]):
             raise ValueError(f"{len(units)} units, {len(keys[0])} parts")
         names = [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
-        found: dict[str, Receipt] = {}
+        found = Receipts()
         for stage, mine in zip(stages, keys, strict=True):
-            found.update(self._found(stage, mine))
+            self._find(stage, mine, found)
 
         def tasks() -> Iterator[Task]:
             for i, name in enumerate(names):
@@ -463,7 +507,8 @@ class Run:
         if missing:
             title = stages[0].name if len(stages) == 1 else f"{stages[0].name} x{len(stages)}"
             for _, receipts in self._do(title, tasks(), len(names) - missing, len(names), gpu):
-                found.update((receipt["key"], receipt) for receipt in receipts)
+                for receipt in receipts:
+                    found.add(receipt)
         return [self._finish(stage, mine, found, names) for stage, mine in zip(stages, keys, strict=True)]
 
     def read(self, stage: Stage, units: Sequence[Unit], after: Sequence[Stage] = ()) -> dict[str, Dataset]:
@@ -483,8 +528,8 @@ class Run:
             digest([parameters, {role: [s.url, s.bytes, s.etag] for role, s in u.sources.items()}]) for u in units
         ]
         keys: list[str | None] = self._listed(listings)
-        known = self._finished(stage, cast("list[str]", keys)) if all(keys) else None
-        known = self._committed(stage, [k for k in keys if k]) if known is None else known
+        known = Receipts()
+        self._find(stage, [k for k in keys if k], known)
         todo = [i for i, k in enumerate(keys) if k is None or k not in known]
         remote = any(scheme_of(s.url) not in ("file", "local") for u in units[:1] for s in u.sources.values())
         then = tuple(after) if remote else ()
@@ -492,7 +537,7 @@ class Run:
         if todo:
             for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), bool(then)):
                 keys[todo[position]] = done[0]["key"]
-                known[done[0]["key"]] = done[0]
+                known.add(done[0])
             self.store.write(_listed(digest(listings)), sealed(keys))
         return self._finish(stage, [cast(str, k) for k in keys], known, [u.shard for u in units])
 
@@ -514,14 +559,14 @@ class Run:
         """
         keys = list(self._keys(stage, inputs, False))
         names = [p.name for p in inputs[0].parts]
-        found = self._found(stage, keys)
-        folders = {path.partition("/")[0] for receipt in found.values() for path in receipt["exports"] if "/" in path}
+        found = Receipts()
+        self._find(stage, keys, found)
+        known = {key: found[key]["exports"] for key in found}
+        folders = {path.partition("/")[0] for exports in known.values() for path in exports if "/" in path}
         there = {path: count for folder in folders for path, count in self.directory.list(folder).items()}
-        found = {
-            key: receipt
-            for key, receipt in found.items()
-            if all((there.get(p) or self.directory.bytes(p)) == f["bytes"] for p, f in receipt["exports"].items())
-        }
+        for key, exports in known.items():
+            if any((there.get(p) or self.directory.bytes(p)) != f["bytes"] for p, f in exports.items()):
+                found.drop(key)
         todo = [i for i, key in enumerate(keys) if key not in found]
 
         def tasks() -> Iterator[Task]:
@@ -533,7 +578,7 @@ class Run:
 
         if todo:
             for _, (receipt,) in self._do(stage.name, tasks(), len(names) - len(todo), len(names), False):
-                found[receipt["key"]] = receipt
+                found.add(receipt)
         self._finish(stage, keys, found, names)
         return {path: file for key in keys for path, file in found[key]["exports"].items()}
 
@@ -543,42 +588,42 @@ class Run:
 
     def _keys(self, stage: Stage, inputs: Sequence[Dataset], reads_pool: bool) -> Iterator[str]:
         parameters = stage_key(stage)
-        for parts in zip(*(d.parts for d in inputs), strict=True):
-            yield part_key(parameters, parts, _pixels(parts[0]) if reads_pool else None)
+        for at, ids in enumerate(zip(*(d.ids() for d in inputs), strict=True)):
+            yield part_key(parameters, ids, _pixels(inputs[0].parts[at]) if reads_pool else None)
 
-    def _found(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
-        finished = self._finished(stage, keys)
-        return self._committed(stage, keys) if finished is None else finished
+    def _find(self, stage: Stage, keys: Sequence[str], found: Receipts) -> None:
+        """Add the receipts of those keys that are committed: in a manifest of theirs, compacted, or loose."""
+        if not keys or self._finished(stage, keys, found):
+            return
+        missing = set(keys).difference(found)
+        for folder in (f"{SEGMENTS}/{stage.name}", f"{MANIFESTS}/{stage.name}"):
+            for path in self.store.list(folder):
+                if not missing:
+                    return
+                for receipt in _unpacked(path, self.store.read(path)):
+                    if receipt["key"] in missing:
+                        found.add(receipt)
+                        missing.remove(receipt["key"])
+        for path in self.store.list(f"{LOOSE}/{stage.name}"):
+            key = path.rpartition("/")[2].removesuffix(".json")
+            if key in missing and (receipt := read_record(self.store, path)):
+                found.add(receipt)
 
-    def _finished(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt] | None:
-        """All receipts of a dataset from its manifest, or None where it was never finished."""
+    def _finished(self, stage: Stage, keys: Sequence[str], found: Receipts) -> bool:
+        """Add the receipts of a dataset from its manifest; whether it has one that is whole."""
         path = _manifest(stage, keys)
         try:
             data = self.store.read(path)
         except FileNotFoundError:
-            return None
-        found = _unpacked(path, data)
-        if not found.keys() >= set(keys):
-            return None
+            return False
+        held = 0
+        for receipt in _unpacked(path, data):
+            found.add(receipt)
+            held += 1
+        if held < len(keys) or not all(key in found for key in keys):
+            return False
         self.manifests[path] = _sha256(data)
-        return found
-
-    def _committed(self, stage: Stage, keys: Sequence[str]) -> dict[str, Receipt]:
-        """Receipts of those keys that are committed: compacted ones, and loose ones found by listing."""
-        wanted = set(keys)
-        found: dict[str, Receipt] = {}
-        if not wanted:
-            return found
-        for folder in (f"{SEGMENTS}/{stage.name}", f"{MANIFESTS}/{stage.name}"):
-            for path in self.store.list(folder):
-                if len(found) == len(wanted):
-                    return found
-                found.update((k, r) for k, r in _unpacked(path, self.store.read(path)).items() if k in wanted)
-        for path in self.store.list(f"{LOOSE}/{stage.name}"):
-            key = path.rpartition("/")[2].removesuffix(".json")
-            if key in wanted and key not in found and (receipt := read_record(self.store, path)):
-                found[key] = receipt
-        return found
+        return True
 
     def _listed(self, listings: Sequence[str]) -> list[str | None]:
         if every := read_record(self.store, _listed(digest(listings))):
@@ -595,7 +640,7 @@ class Run:
         self.progress.start(title, done, total)
         started, parts, rows, spent = time.monotonic(), 0, 0, Spent()
         names: list[str] = []
-        loose: dict[str, list[Receipt]] = {}
+        loose: dict[str, dict[str, bytes]] = {}
 
         def named() -> Iterator[Task]:
             for task in tasks:
@@ -617,7 +662,7 @@ class Run:
                 self.progress.advance(made)
                 for receipt in result.receipts:
                     stage = receipt["stage"]
-                    loose.setdefault(stage, []).append(receipt)
+                    loose.setdefault(stage, {})[receipt["key"]] = sealed(receipt)
                     if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
                 yield position, result.receipts
@@ -646,31 +691,25 @@ class Run:
     def _verdict(self, spent: Spent) -> str:
         return verdict(spent.phases, len(spent.workers), self.machine.decoders)
 
-    def _compact(self, stage: str, receipts: list[Receipt]) -> None:
-        data = _pack(receipts)
+    def _compact(self, stage: str, records: dict[str, bytes]) -> None:
+        data = _pack(list(records), records.__getitem__)
         self.store.write(f"{SEGMENTS}/{stage}/{_sha256(data)[:32]}.parquet", data)
-        for receipt in receipts:
-            self.store.delete(_receipt_path(stage, receipt["key"]))
+        for key in records:
+            self.store.delete(_receipt_path(stage, key))
 
-    def _finish(
-        self, stage: Stage, keys: Sequence[str], found: dict[str, Receipt], names: Sequence[str]
-    ) -> dict[str, Dataset]:
+    def _finish(self, stage: Stage, keys: Sequence[str], found: Receipts, names: Sequence[str]) -> dict[str, Dataset]:
         path = _manifest(stage, keys)
         if path not in self.manifests:
-            data = _pack([found[k] for k in keys])
+            data = _pack(keys, found.record)
             self.store.write(path, data)
             self.manifests[path] = _sha256(data)
+            del data
         self.store.delete(_failed(stage.name))
-        sizes = (file["bytes"] for k in keys for file in found[k]["files"].values())
-        self.stored_bytes.setdefault(stage.name, {})[path] = sum(sizes)
+        files = _files(stage, (found[key] for key in keys))
+        self.stored_bytes.setdefault(stage.name, {})[path] = sum(f.bytes for every in files.values() for f in every)
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
-        facts = {k: _facts(found[k]) for k in keys}  # one text for all outputs: a pool has 10^6 of them
-        parts = {
-            output: tuple(_part(n, found[k], output, facts[k]) for n, k in zip(names, keys, strict=True))
-            for output in stage.outputs
-        }
-        return {output: Dataset(stage.name, key, parts[output]) for output in stage.outputs}
+        return {output: Dataset(stage.name, key, Listed(names, files[output])) for output in stage.outputs}
 
 
 def _failed(stage: str) -> str:
@@ -682,18 +721,22 @@ def _manifest(stage: Stage, keys: Sequence[str]) -> str:
     return f"{MANIFESTS}/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
 
 
-def _pack(receipts: Sequence[Receipt]) -> bytes:
-    rows = {"key": [r["key"] for r in receipts], "receipt": [sealed(r).decode() for r in receipts]}
-    return to_parquet(pa.table(rows, schema=RECEIPTS))
+def _pack(keys: Sequence[str], record: Callable[[str], bytes]) -> bytes:
+    """The records of some keys as one object. Its bytes do not depend on RECEIPT_BATCH, a multiple of parquet's own."""
+    batches = [
+        pa.array([record(key).decode() for key in keys[first : first + RECEIPT_BATCH]], pa.string())
+        for first in range(0, len(keys), RECEIPT_BATCH)
+    ]
+    columns = {"key": pa.array(keys, pa.string()), "receipt": pa.chunked_array(batches, pa.string())}
+    return to_parquet(pa.table(columns, schema=RECEIPTS))
 
 
-def _unpacked(path: str, data: bytes) -> dict[str, Receipt]:
-    """The receipts of a manifest or a segment by key; none where it is damaged."""
+def _unpacked(path: str, data: bytes) -> Iterator[Receipt]:
+    """The receipts of a manifest or a segment, up to the first that is damaged."""
     try:
-        return {receipt["key"]: receipt for receipt in in_order(data)}
+        yield from _records(data)
     except ValueError as error:
         log.warning("%s: %s; what it stands for is made again", path, error)
-        return {}
 
 
 def in_order(data: bytes) -> list[Receipt]:
@@ -702,11 +745,30 @@ def in_order(data: bytes) -> list[Receipt]:
     Raises:
         ValueError: they are damaged.
     """
+    return list(_records(data))
+
+
+def _records(data: bytes) -> Iterator[Receipt]:
     try:
-        receipts = pq.read_table(io.BytesIO(data), columns=["receipt"]).column("receipt").to_pylist()
-        return [unsealed(receipt.encode()) for receipt in receipts]
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(RECEIPT_BATCH, columns=["receipt"]):
+            for record in batch.column("receipt").to_pylist():
+                yield unsealed(record.encode())
     except (pa.ArrowException, OSError, AttributeError, KeyError) as error:
         raise ValueError(f"not a list of receipts: {' '.join(str(error).split())}") from None
+
+
+def _files(stage: Stage, receipts: Iterable[Receipt]) -> dict[str, Committed]:
+    """The files of each output of a stage, in the order of the receipts."""
+    facts: list[str] = []
+    packed = {output: bytearray() for output in stage.outputs}
+    for receipt in receipts:
+        text = _facts(receipt)
+        facts.append(facts[-1] if facts and facts[-1] == text else text)
+        for output, rows in packed.items():
+            f = receipt["files"][output]
+            key, sha256 = bytes.fromhex(receipt["key"]), bytes.fromhex(f["sha256"])
+            rows += PACKED.pack(key, sha256, f["bytes"], f["rows"], f["buckets"])
+    return {output: Committed(stage.name, output, bytes(rows), facts) for output, rows in packed.items()}
 
 
 def _facts(receipt: Receipt) -> str:
