@@ -159,6 +159,53 @@ def test_equal_remainders_go_to_the_lowest_clusters_whatever_their_last_bits():
     assert quota.tolist() == [10**6 + 1, 1, 10, 10**5, 0]
 
 
+def test_equal_targets_in_eighths_tie_exactly_among_many_clusters():
+    rng = np.random.default_rng(3)
+    high = rng.integers(0, 10**6, 1000)
+    target = rng.integers(0, 4 * 10**6, 1000) / 8
+    total = int(high.sum()) // 3 + 5
+    low = np.zeros(1000, int)
+    quota = density.allocate(target, low, high, total)
+    _, shift = density.project(target, low, high, total)
+    inside = (target + shift > low) & (target + shift < high)
+    left = total - int(high[~inside & (target + shift >= high)].sum())
+    shift = (left - Fraction(target[inside].sum())) / int(inside.sum())
+    expected = {j: Fraction(target[j]) + shift for j in np.flatnonzero(inside).tolist()}
+    by_remainder = sorted(expected, key=lambda j: (math.floor(expected[j]) - expected[j], j))
+    up = set(by_remainder[: left - sum(map(math.floor, expected.values()))])
+    assert all(quota[j] == math.floor(e) + (j in up) for j, e in expected.items())
+    assert len({e - math.floor(e) for e in expected.values()}) == 8  # hundreds of ties at the last remainder
+
+
+@pytest.mark.parametrize("steps", [0, 2, 16])
+def test_newtons_steps_are_for_speed_only(monkeypatch, steps):
+    monkeypatch.setattr(density, "NEWTON_STEPS", steps)
+    rng = np.random.default_rng(steps)
+    for k in (1, 2, 7, 40):
+        high = (rng.pareto(0.7, k) * 50).astype(np.int64)
+        target, low = 2.0 ** rng.uniform(-20, 20, k), high // 3
+        for total in rng.integers(low.sum(), high.sum() + 1, 5).tolist():
+            quota, _ = density.project(target, low, high, total)
+            expected = projection_in_fractions(target, low, high, total)
+            assert quota.tolist() == pytest.approx([float(e) for e in expected], abs=1e-9)
+            assert density.allocate(target, low, high, total).sum() == total
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_bounds_and_targets_of_any_size_are_shared(wide):
+    target = np.array([2.0**46, 0.0, 3.5, 2.0**-40])
+    low, high = np.zeros(4, int), np.full(4, 2**45 if wide else 3)
+    total = int(high.sum()) // 2 + 1
+    quota = density.allocate(target, low, high, total)
+    assert (quota.sum(), quota.max()) == (total, high[0])
+
+
+@given(st.lists(st.integers(0, 2**13 - 1), min_size=1, max_size=30), st.data())
+def test_the_nth_largest_is_that_of_a_sort(values, data):
+    n = data.draw(st.integers(1, len(values)))
+    assert density.nth_largest(np.array(values), 13, n) == sorted(values, reverse=True)[n - 1]
+
+
 def test_a_cluster_without_members_gets_nothing_and_its_target_does_not_count():
     target, high = np.array([np.nan, 2.0, 9.0]), np.array([0, 5, 6])
     assert density.allocate(target, np.zeros(3, int), high, 7).tolist() == [0, 1, 6]
