@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from io import BytesIO
 
+import numpy as np
 from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -27,6 +28,9 @@ MAX_BYTES = 64 * 1024 * 1024
 
 MAX_SCAN_PIXELS = 10 * MAX_PIXELS
 """Pixels times scans of a progressive JPEG (usual: 10 scans): a scan of a few bytes costs a pass over all pixels."""
+
+MIN_SCAN_BYTES = 10
+"""Of a JPEG's scan: marker and header of one component. Scans are counted only where the bytes could hold too many."""
 
 START_OF_SCAN = b"\xff\xda"
 
@@ -98,8 +102,8 @@ def decode(data: bytes, at_least_px: int | None = None) -> Image.Image | Undecod
         if width * height > MAX_PIXELS:
             return Undecodable("image_too_large", f"{width} x {height} px, at most {MAX_PIXELS} are decoded")
         if isinstance(image, JpegImageFile):
-            scans = data.count(START_OF_SCAN)
-            if scans * width * height > MAX_SCAN_PIXELS:
+            most = MAX_SCAN_PIXELS // (width * height)
+            if len(data) // MIN_SCAN_BYTES > most and (scans := scan_count(data)) > most:
                 return Undecodable("image_too_large", f"{width} x {height} px in {scans} scans")
             if at_least_px is not None:
                 image.draft(None, (at_least_px, at_least_px))
@@ -107,6 +111,13 @@ def decode(data: bytes, at_least_px: int | None = None) -> Image.Image | Undecod
     except FAULTS as error:
         return Undecodable("unreadable_image", f"{type(error).__name__}: {error}"[:200])
     return image
+
+
+def scan_count(data: bytes) -> int:
+    """Times that START_OF_SCAN occurs in one byte or more: even and odd places apart, 7 times as fast as `count`."""
+    marker = np.frombuffer(START_OF_SCAN, np.uint16)
+    pairs = (np.frombuffer(data, np.uint16, (len(data) - offset) // 2, offset) for offset in (0, 1))
+    return sum(int(np.count_nonzero(pair == marker)) for pair in pairs)
 
 
 def _opened(data: bytes) -> ImageFile:

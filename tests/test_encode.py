@@ -16,6 +16,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from pipeline import tiny
 from pipeline.encode import (
@@ -265,6 +267,24 @@ def test_a_frame_is_that_of_open_clips_transform(framing: Framing) -> None:
         apart = np.abs(frame(image).astype(int) - expected)
         assert apart.max() <= (image.mode == "RGB")
         assert apart.mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(341, 256), (224, 224), (100, 90), (1, 7), (2200, 2000), (3000, 1500)])
+@pytest.mark.parametrize("framing", [FRAMINGS[0], Framing((24, 40), "bilinear", "squash", 0)])
+def test_an_rgb_frame_is_what_torchvision_makes_of_a_copy(size: tuple[int, int], framing: Framing) -> None:
+    """Images below and above 16 MB, whose memory Pillow lends and does not lend."""
+    width, height = size
+    levels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(levels)
+    square = framing.resize_mode == "shortest"
+    expected = resize(
+        torch.from_numpy(levels.copy()).permute(2, 0, 1),
+        [framing.size[0]] if square else list(framing.size),
+        InterpolationMode(framing.interpolation),
+    )
+    expected = center_crop(expected, list(framing.size)) if square else expected
+    assert np.array_equal(framing.build()(image), expected.permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(image), levels)
 
 
 def test_a_batch_is_normalised_by_hand() -> None:

@@ -15,10 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from pipeline.images import MAX_BYTES, MAX_PIXELS, Undecodable, decode, header_px
+from pipeline.images import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    MAX_SCAN_PIXELS,
+    MIN_SCAN_BYTES,
+    Undecodable,
+    decode,
+    header_px,
+    scan_count,
+)
 from tests.corpus_samples import black_png, chunk, jpeg_with_size, picture, png, scan_bomb, stored
 
 GOOD = {
@@ -94,6 +105,20 @@ def test_the_pixel_cap_is_inclusive() -> None:
     found = decode(inside)
     assert isinstance(found, Undecodable) and found.reason == "unreadable_image"
     assert decode(outside) == Undecodable("image_too_large", f"64001 x 1000 px, at most {MAX_PIXELS} are decoded")
+
+
+def test_scans_are_counted_where_the_bytes_could_hold_too_many() -> None:
+    side, scans = 512, MAX_SCAN_PIXELS // 512**2 + 1
+    bomb = scan_bomb(side, scans)
+    extra = scan_count(bomb) - scans
+    assert bomb.rindex(b"\xff\xd9") - bomb.rindex(b"\xff\xda") >= MIN_SCAN_BYTES
+    assert decode(bomb) == Undecodable("image_too_large", f"{side} x {side} px in {scans + extra} scans")
+    assert isinstance(decode(scan_bomb(side, 40)), Image.Image)
+
+
+@given(st.lists(st.sampled_from([b"\xff\xda", b"\xff", b"\xda", b"\0"]), min_size=1, max_size=40).map(b"".join))
+def test_scans_are_counted_as_by_bytes_count(data: bytes) -> None:
+    assert scan_count(data) == data.count(b"\xff\xda")
 
 
 UNREADABLE = {
