@@ -46,7 +46,7 @@ SHORT, LONG = (1, 5), (8, 16)
 """Words of a caption, fewest and most: clip art's, and LAION's."""
 
 USUAL = {SHORT: 1.5, LONG: 1.35}
-RUNS = 3
+RUNS, PEER_RUNS = 3, 5
 TWO_THREADS = Machine(device="cpu", threads=2, image_batch=32, text_batch=128)
 TWO_WORKERS = Machine(device="cpu", threads=1, workers=2, image_batch=32, text_batch=128)
 PEER_TRIES = ((0, 32), (1, 32), (2, 32))
@@ -135,7 +135,7 @@ def vit(scratch: Path) -> Iterator[Row]:
     for words, pool in pools.items():
         own = embedding(pool, scratch / f"own-{words[0]}", model)
         own()
-        pairs = [(PAIRS / seconds(own), PAIRS / seconds(partial(peer, pool, workers, batch))) for _ in range(RUNS)]
+        pairs = [(PAIRS / seconds(own), PAIRS / seconds(partial(peer, pool, workers, batch))) for _ in range(PEER_RUNS)]
         name = f"embed: {ARCH}, captions of {words[0]} to {words[1]} words"
         against = f"webdataset, DataLoader ({workers} workers, batch {batch}), open_clip"
         yield paired(name, against, USUAL[words], "pairs/s", pairs)
