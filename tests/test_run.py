@@ -20,17 +20,22 @@ from pipeline.executor import Serial
 from pipeline.machine import Machine
 from pipeline.parts import (
     INDEX,
+    PACKED,
+    Bucket,
+    Committed,
     DamagedPart,
     Dataset,
     File,
+    Listed,
     Part,
     StoredRows,
     canonical,
     digest,
+    part_path,
     to_parquet,
     to_shuffle,
 )
-from pipeline.run import Quiet, Run, commit, sealed, stage_key, unsealed
+from pipeline.run import RECEIPT_BATCH, RECEIPTS, Quiet, Receipts, Run, commit, in_order, sealed, stage_key, unsealed
 from pipeline.stage import Made, Source, Unit
 from pipeline.storage import Root
 from tests.toy_stages import Guess, Liar, Lines, Print, Scatter, Slow, Sum, Times
@@ -512,3 +517,107 @@ def test_parquet_bytes_depend_on_the_rows_alone() -> None:
     whole = pa.table({"a": column})
     pieces = pa.concat_tables([whole.slice(0, 3), whole.slice(3)])
     assert to_parquet(whole) == to_parquet(pieces)
+
+
+def listed(files: int) -> tuple[Dataset, Dataset]:
+    """The same files as columns, and as values one by one."""
+    keys, digests = ([digest([kind, i]) for i in range(files)] for kind in ("key", "content"))
+    facts = [f'{{"rows":{i}}}' for i in range(files)]
+    packed = b"".join(
+        PACKED.pack(bytes.fromhex(key), bytes.fromhex(content * 2), 10 + i, i, 5)
+        for i, (key, content) in enumerate(zip(keys, digests, strict=True))
+    )
+    names = [f"{i}.tar" for i in range(files)]
+    plain = tuple(
+        Part(name, (File(part_path("sent", "rows", keys[i], digests[i] * 2), digests[i] * 2, 10 + i, i, facts[i], 5),))
+        for i, name in enumerate(names)
+    )
+    columns = Committed("sent", "rows", packed, facts)
+    return Dataset("sent", "key", Listed(names, columns)), Dataset("sent", "key", plain)
+
+
+def test_a_file_as_columns_is_the_file() -> None:
+    content = "ab" * 32
+    packed = PACKED.pack(bytes.fromhex("0f" * 16), bytes.fromhex(content), 7, 3, 2)
+    (file,) = Committed("sent", "rows", packed, ["{}"])
+    assert file == File(f"parts/sent/0f/{'0f' * 16}-rows-abababababababab", content, 7, 3, "{}", 2)
+
+
+@settings(max_examples=60, deadline=None)
+@cases(st.integers(1, 12), st.integers(1, 5), st.integers(0, 4), st.data())
+def test_parts_that_are_made_when_asked_for_are_those_made_at_once(
+    files: int, group: int, bucket: int, data: st.DataObject
+) -> None:
+    columns, plain = listed(files)
+    bounds = st.integers(-files, files)
+    piece = slice(data.draw(bounds), data.draw(bounds))
+    assert columns == plain
+    assert list(columns.parts[piece]) == list(plain.parts[piece])
+    assert [columns.parts[at] for at in range(-files, files)] == [plain.parts[at] for at in range(-files, files)]
+    groups = [plain.parts[at : at + group] for at in range(0, files, group)]
+    for dataset in (columns, plain):
+        assert list(dataset.ids()) == [part.id for part in plain.parts]
+        assert dataset.num_rows == sum(range(files))
+        grouped = dataset.grouped(group)
+        assert [[f for part in g for f in part.files] for g in groups] == [list(p.files) for p in grouped.parts]
+        assert list(grouped.ids()) == list(plain.grouped(group).ids())
+        joined = dataset.joined([range(0, files), range(files - 1, files)])
+        assert joined.parts[1] == plain.parts[-1]
+        assert joined.parts[0].id == plain.grouped(files).parts[0].id
+        shuffled = dataset.shuffled(5).parts[bucket]
+        assert isinstance(shuffled, Bucket)
+        assert {file.bucket for file in shuffled.files} == {bucket}
+        assert shuffled == plain.shuffled(5).parts[bucket]
+        assert len({part.id for part in dataset.shuffled(5).parts}) == 5
+    with pytest.raises(IndexError):
+        columns.parts[files]
+
+
+def test_parts_that_differ_are_not_equal() -> None:
+    columns, plain = listed(3)
+    assert columns != listed(4)[0]
+    changed = (*plain.parts[:2], Part("2.tar", (File("", "", 0, 0),)))
+    assert columns != Dataset("sent", "key", changed)
+
+
+def test_receipts_come_back_as_they_were_added() -> None:
+    held = Receipts()
+    receipts = [{"key": digest(i), "files": {}, "facts": {"rows": i, "share": 0.1 * i}} for i in range(20)]
+    for receipt in receipts:
+        held.add(receipt)
+    assert [held[receipt["key"]] for receipt in receipts] == receipts
+    assert [held.record(key) for key in held] == [sealed(receipt) for receipt in receipts]
+    held.add({**receipts[3], "facts": {}})
+    held.drop(receipts[4]["key"])
+    assert held[receipts[3]["key"]]["facts"] == {}
+    assert receipts[4]["key"] not in held
+    assert len(list(held)) == 19
+
+
+def test_a_manifest_of_several_batches_has_the_bytes_of_one_written_at_once(tmp_path: Path) -> None:
+    count = 2 * RECEIPT_BATCH + 1
+    run = run_of(Root(str(tmp_path / "store")), tmp_path)
+    found = Receipts()
+    files = {"products": {"path": "", "sha256": "00" * 32, "bytes": 0, "rows": 0, "buckets": 0}}
+    for i in range(count):
+        found.add({"key": digest(i), "files": files, "facts": {"rows": i}, "content": None})
+    keys = [digest(i) for i in range(count)]
+    run._finish(Times(2), keys, found, keys)
+    (path,) = run.store.list("manifests")
+    data = run.store.read(path)
+    once = pa.table({"key": keys, "receipt": [found.record(key).decode() for key in keys]}, schema=RECEIPTS)
+    assert data == to_parquet(once)
+    assert [receipt["key"] for receipt in in_order(data)] == keys
+
+
+def test_a_manifest_that_names_a_part_twice_and_is_damaged_at_the_second_is_written_again(tmp_path: Path) -> None:
+    store = Root(str(tmp_path / "store"))
+    units = [unit(tmp_path / "pool" / f"{i}.txt", [7, 8]) for i in range(2)]
+    run_of(store, tmp_path).read(Lines(), units)
+    (path,) = store.list("manifests/lines")
+    whole = store.read(path)
+    (first, _) = in_order(whole)
+    records = [sealed(first).decode(), sealed(first).decode().replace("7", "8")]
+    store.write(path, to_parquet(pa.table({"key": [first["key"]] * 2, "receipt": records}, schema=RECEIPTS)))
+    run_of(store, tmp_path).read(Lines(), units)
+    assert store.read(path) == whole
