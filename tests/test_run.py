@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -621,3 +622,13 @@ def test_a_manifest_that_names_a_part_twice_and_is_damaged_at_the_second_is_writ
     store.write(path, to_parquet(pa.table({"key": [first["key"]] * 2, "receipt": records}, schema=RECEIPTS)))
     run_of(store, tmp_path).read(Lines(), units)
     assert store.read(path) == whole
+
+
+def test_each_part_of_a_dataset_has_its_own_facts(tmp_path: Path) -> None:
+    units = [
+        unit(tmp_path / "pool" / f"{i}.txt", range(10 * i, 10 * i + count)) for i, count in enumerate([1, 2, 2, 1])
+    ]
+    numbers = run_of(Root(str(tmp_path / "store")), tmp_path).read(Lines(), units)["numbers"]
+    assert [facts["count"] for facts in numbers.facts()] == [1, 2, 2, 1]
+    doubled = run_of(Root(str(tmp_path / "store")), tmp_path).map(Times(2), numbers)["products"]
+    assert [json.dumps(facts) for facts in doubled.facts()] == ["{}"] * 4
