@@ -1,16 +1,25 @@
 """The same work by one Ray worker and by two, of one thread each: embed, dedup, write; and what the machine allows.
 
 Both crews are there all the time and have done the same before; one idles while the other is timed. Two virtual cores
-may be one: the first row is matrix products in the same workers, which share nothing but the machine.
+may be one, and others may use it: so each kind of work stands beside what needs nothing but the machine, measured in
+the same workers in turn with it. That is matrix products; for `write`, plain copies of the pool's files in its folder.
+
+What is timed is a stage that goes on for long: 12 to 40 tasks for each worker, models loaded, code imported, the pool
+listed and read. Left out, since no worker shares it: the start of Ray and of the workers, k-means on its sample, the
+report. All of `write` lies in memory (/dev/shm, where there is one): a disk would be what is measured.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +31,7 @@ from jobs.benches.measure import Row, paired, seconds
 from pipeline.curate import curate
 from pipeline.embed import embed
 from pipeline.encode import numerics, resolve
-from pipeline.executor import Executor
+from pipeline.executor import Executor, Failure, Worker
 from pipeline.formats.tar import END, member_header, padding
 from pipeline.machine import Machine
 from pipeline.pool import Pool, list_units
@@ -33,38 +42,59 @@ from pipeline.run import Run
 from pipeline.storage import Root
 
 RUNS = 3
-PRODUCTS = 160
-SHARDS, WARM, IMAGES, IMAGE_PX = 14, 4, 100, 256
-VECTOR_SHARDS, ROWS, DIMS = 64, 2000, 256
+PRODUCTS, COPIES, WRITES = 160, 3, 4
+"""Products, copies of the pool and writes of what it keeps that are timed as one."""
+
+SHARDS, WARM, IMAGES, IMAGE_PX = 28, 4, 100, 256
+VECTOR_SHARDS, ROWS, DIMS = 128, 2000, 256
 GROUP_UNITS = 4
 """Units of a group: a small pool in as many tasks as a large one."""
+
+
+Work = Callable[[Path, Executor, int], float]
+"""Seconds of work in a folder; the number has not been used there before."""
 
 
 def measure(scratch: Path) -> Iterator[Row]:
     """Rates of rows; the ratio is two workers' rate over one's."""
     ours = RayExecutor(Machine(threads=1, workers=3), "local")
-    crews = {workers: RayExecutor(Machine(threads=1, workers=workers)) for workers in (1, 2)}
-    write_images(scratch / "images")
-    write_vectors(scratch / "vectors")
-    (scratch / "copy").mkdir()
-    copy.write_pool(scratch / "copy" / "pool")
-    rows: dict[str, tuple[int, Callable[[Path, Executor, int], float]]] = {
-        "the machine itself, matrix products": (PRODUCTS, multiply_seconds),
-        "embed, tiny": ((SHARDS - WARM) * IMAGES, embed_seconds),
-        "dedup, but for k-means on its sample": (VECTOR_SHARDS * ROWS, dedup_seconds),
-        "write": (copy.SHARDS * copy.SAMPLES, write_seconds),
-    }
+    crews = [RayExecutor(Machine(threads=1, workers=workers)) for workers in (1, 2)]
+    memory = Path("/dev/shm")
     try:
-        for name, (amount, work) in rows.items():
-            pairs = []
-            for number in range(RUNS + 1):
-                one, two = (amount / work(scratch, crew, 10 * number + workers) for workers, crew in crews.items())
-                pairs.append((two, one))
-            del pairs[0]
-            yield paired(f"scaling: {name}, 2 Ray workers", "1 Ray worker", 1.8, "rows/s", pairs)
+        write_images(scratch / "images")
+        yield from beside(crews, scratch, "embed, tiny", (SHARDS - WARM) * IMAGES, embed_seconds)
+        write_vectors(scratch / "vectors")
+        yield from beside(crews, scratch, "dedup, but for k-means", VECTOR_SHARDS * ROWS, dedup_seconds)
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else scratch) as folder:
+            copy.write_pool(Path(folder) / "pool")
+            samples = copy.SHARDS * copy.SAMPLES
+            yield from beside(crews, Path(folder), "write", WRITES * samples, write_seconds, COPIES * samples)
     finally:
-        for executor in (*crews.values(), ours):
+        for executor in (*crews, ours):
             executor.close()
+
+
+def beside(crews: Sequence[Executor], folder: Path, name: str, rows: int, work: Work, copied: int = 0) -> Iterator[Row]:
+    """Work, and the machine itself at that time.
+
+    Args:
+        crews: of one worker and of two.
+        folder: where the work finds its input.
+        name: of the work.
+        rows: that it does.
+        work: what is done.
+        copied: rows of the pool's files, copied so often; 0: the machine is measured by matrix products.
+    """
+    kind, unit = ("plain copies", "rows/s") if copied else ("matrix products", "products/s")
+    amount, bare = (copied, copy_seconds) if copied else (PRODUCTS, multiply_seconds)
+    found: list[list[tuple[float, float]]] = [[], []]
+    for run in range(RUNS + 1):
+        for pairs, done, seconds_of in zip(found, (rows, amount), (work, bare), strict=True):
+            one, two = (done / seconds_of(folder, crew, 2 * run + at) for at, crew in enumerate(crews))
+            if run:  # the first one loads what is needed
+                pairs.append((two, one))
+    yield paired(f"scaling: {name}, 2 Ray workers", "1 Ray worker", 1.8, "rows/s", found[0])
+    yield paired(f"scaling: the machine beside it, {kind}, 2 Ray workers", "1 Ray worker", 1.8, unit, found[1])
 
 
 @dataclass(frozen=True)
@@ -78,7 +108,37 @@ class Multiply:
 
 def multiply_seconds(scratch: Path, executor: Executor, number: int) -> float:
     """Of work that needs nothing but processors."""
-    return seconds(lambda: list(executor.each(Multiply(), [PRODUCTS // 16] * 16)))
+    return seconds(lambda: done_by(executor, Multiply(), [PRODUCTS // 16] * 16))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A worker that copies files to their own folder, and removes the copy."""
+
+    def open(self) -> Callable[[str], int]:
+        return copied_bytes
+
+
+def copied_bytes(path: str) -> int:
+    """Copy a file as `cp` does where it cannot share blocks."""
+    target = f"{path}.copy"
+    with open(path, "rb") as source, open(target, "wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+        length = out.tell()
+    os.unlink(target)
+    return length
+
+
+def copy_seconds(folder: Path, executor: Executor, number: int) -> float:
+    """Of work that needs nothing but memory, or the disk: every file of the pool, COPIES times."""
+    files = [str(tar) for tar in sorted((folder / "pool").glob("*.tar"))]
+    return sum(seconds(lambda: done_by(executor, Copy(), files)) for _ in range(COPIES))
+
+
+def done_by(executor: Executor, worker: Worker, tasks: Sequence[Any]) -> None:
+    """Have tasks done, and see that they were."""
+    for _, answer in executor.each(worker, tasks):
+        assert not isinstance(answer, Failure), answer
 
 
 def embed_seconds(scratch: Path, executor: Executor, number: int) -> float:
@@ -110,8 +170,8 @@ def dedup_seconds(scratch: Path, executor: Executor, number: int) -> float:
 
 
 def write_seconds(scratch: Path, executor: Executor, number: int) -> float:
-    """Of the write stage, as bench `copy` has it."""
-    return copy.write_seconds(scratch / "copy", executor)
+    """Of the write stage, as bench `copy` has it, WRITES times."""
+    return sum(copy.write_seconds(scratch, executor) for _ in range(WRITES))
 
 
 def write_images(folder: Path) -> None:
