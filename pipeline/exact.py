@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +109,11 @@ class Cut:
         """Digits of the value at the front of a key."""
         return int(self.prefix_KL.shape[1]) - TIE_DIGITS
 
+    @property
+    def depth(self) -> int:
+        """Digits known of every open group's last taken key: the place that the next histogram counts."""
+        return int(self.depth_K[self.open_K].max(initial=0))
+
 
 def start(quota_K: NDArray[np.int64], value_bits: int) -> Cut:
     """A cut that knows nothing but the quotas.
@@ -135,15 +141,14 @@ def candidates(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> NDArray[np.i
         group_N: int32, shape (N,), in [0, K).
         keys: of the same N rows.
     """
-    depth = _depth(cut)
-    at_N = cut.open_K[group_N]
-    known = min(depth, cut.value_digits)
+    known = min(cut.depth, cut.value_digits)
+    at_N = np.broadcast_to(_of(group_N, cut.open_K), len(group_N))
     if known:
         # The digits of the value in one comparison, of all rows.
         shift = keys.value.dtype.type(DIGIT_BITS * (cut.value_digits - known))
-        at_N &= keys.value >> shift == (_value_bits(cut) >> shift)[group_N]
+        at_N = at_N & (keys.value >> shift == _of(group_N, _value_bits(cut) >> shift))
     rows = np.flatnonzero(at_N)
-    for place in range(known, depth):
+    for place in range(known, cut.depth):
         rows = rows[keys.take(rows).digit(place) == cut.prefix_KL[group_N[rows], place]]
     return rows
 
@@ -156,13 +161,13 @@ def histogram(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> Counts:
         group_N: int32, shape (N,), in [0, K).
         keys: of the same N rows.
     """
-    rows = candidates(cut, group_N, keys)
-    digit_N = keys.digit(_depth(cut))
-    every = len(rows) == len(digit_N)  # spares two copies of all rows in the first round
-    bin_M = (digit_N if every else digit_N[rows]).astype(np.int64)
+    if cut.depth or not cut.open_K.all():  # else every row is undecided
+        rows = candidates(cut, group_N, keys)
+        group_N, keys = group_N[rows], keys.take(rows)
+    bin_M = keys.digit(cut.depth).astype(np.int64)
     if len(cut.quota_K) > 1:
-        bin_M += (group_N if every else group_N[rows]).astype(np.int64) << DIGIT_BITS
-    if len(cut.quota_K) << DIGIT_BITS <= 8 * len(rows):
+        bin_M += group_N.astype(np.int64) << DIGIT_BITS
+    if len(cut.quota_K) << DIGIT_BITS <= 8 * len(bin_M):
         count = np.bincount(bin_M)
         bins = np.flatnonzero(count)
         count = count[bins]
@@ -195,7 +200,7 @@ def refine(cut: Cut, counts: Counts) -> Cut:
     Raises:
         ValueError: the counts do not fit the cut, or two rows have the same key.
     """
-    depth = _depth(cut)
+    depth = cut.depth
     group_O = np.flatnonzero(cut.open_K)
     begin_O = np.searchsorted(counts.group, group_O, "left")
     end_O = np.searchsorted(counts.group, group_O, "right")
@@ -264,7 +269,7 @@ def taken(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> Bools:
     """
     if cut.open_K.any():
         raise ValueError(f"{int(cut.open_K.sum())} groups of the cut are still open")
-    last_N, some_N = _value_bits(cut)[group_N], (cut.quota_K > 0)[group_N]
+    last_N, some_N = _of(group_N, _value_bits(cut)), _of(group_N, cut.quota_K > 0)
     taken_N: Bools = some_N & (keys.value < last_N)
     equal = np.flatnonzero(some_N & (keys.value == last_N))
     for place in range(cut.value_digits, cut.prefix_KL.shape[1]):
@@ -299,8 +304,9 @@ def _value_bits(cut: Cut) -> NDArray[np.unsignedinteger]:
     return bits_K
 
 
-def _depth(cut: Cut) -> int:
-    return int(cut.depth_K[cut.open_K].max(initial=0))
+def _of(group_N: NDArray[np.int32], value_K: NDArray[Any]) -> NDArray[Any]:
+    """The value of each row's group; of an only group as it is, to be broadcast: no copy for every row."""
+    return value_K if len(value_K) == 1 else value_K[group_N]
 
 
 def _counts(bins: NDArray[np.int64], count: NDArray[np.int64]) -> Counts:

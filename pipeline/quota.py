@@ -24,6 +24,9 @@ from pipeline.vectors import uid_words
 GATHER_ROWS = 1 << 22
 """Undecided rows that one process sorts: some 200 MB."""
 
+VALUES, TIES = ("group", "bits"), ("uid", "unit", "row")
+"""Columns of `ranked` rows that are counted first, and those that only rows of equal value need."""
+
 
 def ranked(
     at_M: np.ndarray,
@@ -60,10 +63,13 @@ def ranked(
 
 
 def keys_of(rows: pa.Table) -> tuple[np.ndarray, Keys]:
-    """Groups and keys of ranked rows."""
+    """Groups and keys of ranked rows; where the columns TIES were not read, all words but the value are 0."""
+    group_M, bits_M = rows.column("group").to_numpy(), rows.column("bits").to_numpy()
+    if "uid" not in rows.column_names:
+        word_M, ordinal_M = (np.broadcast_to(dtype(0), len(bits_M)) for dtype in (np.uint64, np.uint32))
+        return group_M, Keys(bits_M, word_M, word_M, ordinal_M, ordinal_M)
     high_M, low_M = uid_words(unfixed(rows.column("uid"), np.uint8))
-    bits_M, unit_M, row_M = (rows.column(name).to_numpy() for name in ("bits", "unit", "row"))
-    return rows.column("group").to_numpy(), Keys(bits_M, high_M, low_M, unit_M, row_M)
+    return group_M, Keys(bits_M, high_M, low_M, rows.column("unit").to_numpy(), rows.column("row").to_numpy())
 
 
 def exact_cut(run: Run, rows: Dataset, quota: Dataset, value_bits: int, gather_rows: int = GATHER_ROWS) -> Dataset:
@@ -146,7 +152,9 @@ class Count:
         return self.count
 
     def count(self, rows: Rows, cut: Rows) -> Made:
-        counts = exact.histogram(cut_of(cut), *keys_of(rows.table()))
+        found = cut_of(cut)
+        ties = TIES if found.depth >= found.value_digits else ()
+        counts = exact.histogram(found, *keys_of(rows.table([*VALUES, *ties])))
         columns = {"group": counts.group, "digit": counts.digit, "count": counts.count}
         return Made({"counts": pa.table({name: pa.array(values) for name, values in columns.items()})})
 
@@ -184,7 +192,7 @@ class Gather:
         return self.gather
 
     def gather(self, rows: Rows, cut: Rows) -> Made:
-        table = rows.table(["group", "bits", "uid", "unit", "row"])
+        table = rows.table([*VALUES, *TIES])
         return Made({"undecided": table.take(pa.array(exact.candidates(cut_of(cut), *keys_of(table))))})
 
 

@@ -94,14 +94,15 @@ def undecided(folder: Path, cut: Cut, unit: int) -> tuple[np.ndarray, Keys]:
 def filtered(folder: Path, cut: Cut, unit: int) -> int:
     """Write a part's kept rows; how many."""
     table = read(folder, unit, COLUMNS)
-    kept = table.filter(pa.array(exact.taken(cut, *keys_of(table, unit))))
+    kept = table.take(pa.array(np.flatnonzero(exact.taken(cut, *keys_of(table, unit)))))
     pq.write_table(kept, folder / f"ours-{unit:03}.kept", compression="none", use_dictionary=False)
     return int(kept.num_rows)
 
 
 def read(folder: Path, unit: int, columns: list[str]) -> pa.Table:
     """Columns of a part."""
-    return pq.read_table(folder / f"{unit:03}.parquet", columns=columns, memory_map=True, use_threads=False)
+    with pq.ParquetFile(folder / f"{unit:03}.parquet") as file:  # a third of the time of pq.read_table
+        return file.read(columns=columns, use_threads=False)
 
 
 def keys_of(table: pa.Table, unit: int) -> tuple[np.ndarray, Keys]:
