@@ -66,7 +66,8 @@ def keys_of(rows: pa.Table) -> tuple[np.ndarray, Keys]:
     """Groups and keys of ranked rows; where the columns TIES were not read, all words but the value are 0."""
     group_M, bits_M = rows.column("group").to_numpy(), rows.column("bits").to_numpy()
     if "uid" not in rows.column_names:
-        word_M, ordinal_M = (np.broadcast_to(dtype(0), len(bits_M)) for dtype in (np.uint64, np.uint32))
+        word_M = np.broadcast_to(np.uint64(0), len(bits_M))
+        ordinal_M = np.broadcast_to(np.uint32(0), len(bits_M))
         return group_M, Keys(bits_M, word_M, word_M, ordinal_M, ordinal_M)
     high_M, low_M = uid_words(unfixed(rows.column("uid"), np.uint8))
     return group_M, Keys(bits_M, high_M, low_M, rows.column("unit").to_numpy(), rows.column("row").to_numpy())

@@ -157,6 +157,32 @@ def test_many_rows_of_one_group_are_counted_by_digit():
     assert cut.undecided == 0
 
 
+def test_an_only_group_is_cut_as_one_among_several():
+    value_N = np.random.default_rng(1).normal(size=500).astype(np.float32).round(1)
+    keys, parts = keys_of(value_N, uid=np.arange(500) % 7), np.array_split(np.arange(500), 4)
+    for quota in (0, 1, 250, 500):
+        for limit in (0, 1000):
+            alone = rounds([quota], np.zeros(500, np.int32), keys, parts, limit)
+            among = rounds([9, quota, 9], np.ones(500, np.int32), keys, parts, limit)
+            assert alone[1].tolist() == among[1].tolist()
+            assert alone[1].sum() == quota
+            assert alone[0].prefix_KL[0].tolist() == among[0].prefix_KL[1].tolist()
+
+
+def test_the_first_digits_are_counted_without_the_words_for_ties():
+    value_N = np.random.default_rng(2).normal(size=100).astype(np.float32)
+    keys, group_N = keys_of(value_N, uid=range(100)), np.zeros(100, np.int32)
+    none = np.broadcast_to(np.uint64(0), 100)
+    values = exact.Keys(keys.value, none, none, none.astype(np.uint32), none.astype(np.uint32))
+    cut = exact.start(np.array([40]), 32)
+    while cut.undecided:
+        counts = exact.histogram(cut, group_N, values)
+        assert counts.count.tolist() == exact.histogram(cut, group_N, keys).count.tolist()
+        cut = exact.refine(cut, counts)
+    assert cut.depth_K.tolist() == [2]  # no two values are equal
+    assert exact.taken(cut, group_N, keys).tolist() == by_sorting([40], group_N, keys)[0].tolist()
+
+
 def test_a_cut_is_plain_arrays_and_a_round_leaves_the_one_before_as_it_was():
     keys = keys_of(np.array([1.0, 2.0, 3.0], np.float32))
     group_N = np.zeros(3, np.int32)

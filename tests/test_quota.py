@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import exact
 from pipeline.exact import last_value_bits, taken
 from pipeline.parts import given as told
-from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.quota import Count, cut_of, cut_table, exact_cut, keys_of, ranked
 from pipeline.vectors import ordered_bits
 from tests import steps
 
@@ -80,6 +81,30 @@ def test_quotas_may_come_as_a_table_and_a_cut_tells_how_much_it_takes(gather_row
     assert ("quota_count" in {entry["stage"] for entry in run.times}) == (gather_rows == 1)
     table = run.rows(rows.parts[0]).table()
     assert taken(cut_of(run.rows(cut.parts[0])), *keys_of(table)).tolist() == [False, True, True, True, True, True]
+
+
+class Noted:
+    """Rows of one table (stage.Rows) that note which columns were read."""
+
+    def __init__(self, table):
+        self._table, self.read = table, []
+
+    def table(self, columns=None):
+        self.read += columns or self._table.column_names
+        return self._table.select(columns) if columns else self._table
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_a_count_reads_what_ties_need_only_when_the_values_are_known(depth):
+    uid = pa.array([bytes([i // 2, 0, i] + 13 * [0]) for i in range(6)], pa.binary(16))
+    table = ranked(np.arange(6), np.zeros(6), np.ones(6, np.uint32), uid, np.zeros(6), np.arange(6))
+    cut = exact.start(np.array([3]), 32)
+    for _ in range(depth):
+        cut = exact.refine(cut, exact.histogram(cut, *keys_of(table)))
+    rows = Noted(table)
+    counts = Count().count(rows, Noted(cut_table(cut).tables["cut"])).tables["counts"]
+    assert rows.read == ["group", "bits", *(["uid", "unit", "row"] if depth >= 2 else [])]
+    assert counts.column("count").to_pylist() == [[6], [6], [2, 2, 2], [1, 1]][depth]
 
 
 @pytest.mark.parametrize("gather_rows", [1, 1000])
