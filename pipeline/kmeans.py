@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
-from pipeline.products import candidates, each_alone, operand, pays
+from pipeline.products import candidates, dots, each_alone, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
@@ -21,7 +21,8 @@ PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centr
 SOME = 4  # the first iterations are on one row in so many
 LEAST_PER_CLUSTER = 8  # rows that these have for each cluster at least, where there are
 SPLIT = 2.0**-10
-GEMM_CELLS = 2**22  # products held at a time: 8 or 16 MiB
+BLOCK_ROWS, LEAST_ROWS = 2048, 256
+GEMM_CELLS = 2**22  # products held at a time, 8 or 16 MiB, where that leaves LEAST_ROWS
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
 
 
@@ -140,7 +141,7 @@ def on_grid(centroid_KD: Floats) -> Float32s:
 
 
 def nearest(
-    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 2048, bf16: bool | None = None
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = BLOCK_ROWS, bf16: bool | None = None
 ) -> tuple[NDArray[np.int32], Float32s]:
     """Assign each row to the centroid of the largest float64 cosine, the lowest id among equals.
 
@@ -162,9 +163,9 @@ def nearest(
     cluster_N = np.empty(len(vec_ND), np.int32)
     distance_N = np.empty(len(vec_ND), np.float32)
     norm_K = vectors.norms(centroid_KD)
-    for rows, vec_BD, cluster_B in _assigned(vec_ND, centroid_KD, block_rows, bf16):
-        cluster_N[rows] = cluster_B
-        distance_N[rows] = _distances(vec_BD, cluster_B, centroid_KD, norm_K)
+    for block, vec_BD, cluster_B in _assigned(vec_ND, centroid_KD, norm_K, block_rows, bf16):
+        cluster_N[block] = cluster_B
+        distance_N[block] = _distances(vec_BD, cluster_B, centroid_KD, norm_K)
     return cluster_N, distance_N
 
 
@@ -179,28 +180,27 @@ def _distances(vec_BD: Float32s, cluster_B: NDArray[np.int64], centroid_KD: Floa
 
 
 def clusters_of(
-    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = 2048, bf16: bool | None = None
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = BLOCK_ROWS, bf16: bool | None = None
 ) -> NDArray[np.int32]:
     """The clusters alone, as `nearest` gives them: int32, shape (N,)."""
     cluster_N = np.empty(len(vec_ND), np.int32)
-    for rows, _, cluster_B in _assigned(vec_ND, centroid_KD, block_rows, bf16):
-        cluster_N[rows] = cluster_B
+    for block, _, cluster_B in _assigned(vec_ND, centroid_KD, vectors.norms(centroid_KD), block_rows, bf16):
+        cluster_N[block] = cluster_B
     return cluster_N
 
 
 def _assigned(
-    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int, bf16: bool | None
+    vec_ND: Float16s, centroid_KD: Float32s, norm_K: Float64s, block_rows: int, bf16: bool | None
 ) -> Iterator[tuple[slice, Float32s, NDArray[np.int64]]]:
     """For each block of rows: which they are, their float32 values, and their clusters."""
     clusters = len(centroid_KD)
-    norm_K = vectors.norms(centroid_KD)
     if bf16 is None:
         bf16 = pays(len(vec_ND) * centroid_KD.size)
-    columns = operand((centroid_KD / norm_K[:, None]).astype(np.float32), bf16)
-    block_rows = min(block_rows, max(256, GEMM_CELLS // clusters))
+    columns = operand(centroid_KD, bf16)
+    block_rows = min(block_rows, max(LEAST_ROWS, GEMM_CELLS // clusters))
     for start in range(0, len(vec_ND), block_rows):
         block = slice(start, start + block_rows)
-        rows = operand(vectors.widened(vec_ND[block]), bf16)
+        rows = operand(vec_ND[block], bf16, measured=False)
         if not rows.norm.all():
             raise ValueError(f"row {start + int(np.argmin(rows.norm > 0))} has no direction and so no nearest centroid")
         place_P = candidates(rows, columns)
@@ -211,15 +211,14 @@ def _assigned(
             continue
         row_P, cluster_P = np.divmod(place_P, clusters)
         if len(place_P) > len(rows.vec):
-            alone_P = np.bincount(row_P)[row_P] == 1
+            begins_P = np.diff(row_P, prepend=-1) > 0
+            alone_P = begins_P & np.append(begins_P[1:], True)
             tied = np.flatnonzero(~alone_P)
             row_T, cluster_T = row_P[tied], cluster_P[tied]
             # Divided as above: of two cosines that round to the same float64, the lower id wins.
-            cos_T = vectors.dots(rows.vec[row_T], centroid_KD[cluster_T])
-            cos_T /= vectors.norms(rows.vec[row_T]) * norm_K[cluster_T]
-            place_T = np.cumsum(np.diff(row_T, prepend=-1) > 0) - 1
-            first = tied[vectors.first_largest(cos_T, place_T)]
-            cluster_P = cluster_P[np.sort(np.concatenate([np.flatnonzero(alone_P), first]))]
+            cos_T = dots(rows, columns, row_T, cluster_T) / (vectors.norms(rows.vec[row_T]) * norm_K[cluster_T])
+            alone_P[tied[vectors.first_largest(cos_T, np.cumsum(begins_P[tied]) - 1)]] = True
+            cluster_P = cluster_P[alone_P]
         yield block, rows.vec, cluster_P
 
 

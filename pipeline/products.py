@@ -1,4 +1,4 @@
-"""Which columns can have a row's largest dot product: float32 rows in, the places that remain out.
+"""Which columns can have a row's largest cosine: stored rows in, the places that remain out, and their exact cosines.
 
 A fast product finds them with a proven bound on its error, and the caller compares them exactly: the precision changes
 how many remain, never what is found. A processor that multiplies bfloat16 does so at twice the rate of float32.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.vectors import DOT_ROWS, Float32s
+from pipeline.vectors import DOT_ROWS, Float16s, Float32s, Float64s, widened
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ EPS32, EPS16 = 2.0**-24, 2.0**-8  # half a unit in the last place, relative
 FOLD, LEAST_STRETCH = 8, 256
 
 Number = TypeVar("Number", np.float32, np.int16)
+Float = TypeVar("Float", np.float32, np.float64)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Operand:
     """Rows, or the columns that they are compared with, ready to be multiplied.
 
     Attributes:
-        vec: float32, shape (N, D); each column of unit norm, up to 4 roundings of float32.
-        norm: float32, shape (N,): of `vec`, up to float32 sums.
+        vec: float32, shape (N, D): the values as they are stored.
+        norm: float32, shape (N,): of `vec`, up to float32 sums; of columns about 1, for the bound grows with the rest.
         low: `vec` as bfloat16 (N, D), or None.
-        lost: float32, shape (N,): norm of what bfloat16 lost of each row, up to float32 sums.
+        lost: float32, shape (N,): norm of what bfloat16 lost of each row, up to float32 sums, or a bound of it.
     """
 
     vec: Float32s
@@ -97,56 +98,102 @@ def each_alone(threads: int, bf16: bool) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)  # of threads that are yet to begin; this one has kept its own
 
 
-def operand(vec_ND: Float32s, bf16: bool) -> Operand:
-    """Rows made ready for `candidates`.
+def operand(vec_ND: Float16s | Float32s, bf16: bool, measured: bool = True) -> Operand:
+    """Rows made ready for `candidates` and `dots`.
 
     Args:
-        vec_ND: float32, shape (N, D), C-contiguous.
+        vec_ND: float16 or float32, shape (N, D), multiples of 2^-24: stored rows, or centroids on their grid.
         bf16: whether products with it may be of bfloat16.
+        measured: whether to measure what bfloat16 loses, which is less than half of its bound; for rows that are used
+            once it pays more to compare a few more of them exactly.
     """
-    norm_N, lost_N = np.empty(len(vec_ND), np.float32), np.zeros(len(vec_ND), np.float32)
-    low = None
-    if bf16:
-        import torch
+    if not bf16:
+        wide_ND = widened(vec_ND) if vec_ND.dtype == np.float16 else vec_ND.astype(np.float32, copy=False)
+        return Operand(wide_ND, np.sqrt(np.vecdot(wide_ND, wide_ND)), None, np.zeros(len(vec_ND), np.float32))
+    import torch
 
-        low = torch.empty(vec_ND.shape, dtype=torch.bfloat16)
-        spare = torch.empty((DOT_ROWS, vec_ND.shape[1]))
+    norm_N, lost_N = np.empty(len(vec_ND), np.float32), np.empty(len(vec_ND), np.float32)
+    vec, low = torch.empty(vec_ND.shape), torch.empty(vec_ND.shape, dtype=torch.bfloat16)
+    spare = torch.empty(DOT_ROWS, vec_ND.shape[1])
     for start in range(0, len(vec_ND), DOT_ROWS):
         block = slice(start, start + DOT_ROWS)
-        norm_N[block] = np.sqrt(np.vecdot(vec_ND[block], vec_ND[block]))
-        if low is not None:
-            whole = torch.from_numpy(vec_ND[block])
-            lost_BD = spare[: len(whole)].copy_(low[block].copy_(whole)).sub_(whole).numpy()
+        # torch converts at four times numpy's rate; it warns of memory that is read-only, hence the small copy.
+        whole = vec[block].copy_(torch.from_numpy(vec_ND[block].copy()))
+        rounded = low[block].copy_(whole)
+        norm_N[block] = np.sqrt(np.vecdot(whole.numpy(), whole.numpy()))
+        if measured:
+            lost_BD = spare[: len(whole)].copy_(rounded).sub_(whole).numpy()
             lost_N[block] = np.sqrt(np.vecdot(lost_BD, lost_BD))
-    return Operand(vec_ND, norm_N, low, lost_N)
+    return Operand(vec.numpy(), norm_N, low, lost_N if measured else EPS16 * norm_N)
+
+
+def dots(rows: Operand, columns: Operand, row_P: NDArray[np.int64], column_P: NDArray[np.int64]) -> Float64s:
+    """Exact float64 dot of each pair of a row and a column: float64, shape (P,)."""
+    return _pair_dots(rows, columns, row_P, column_P, np.float64)
+
+
+def told_apart(
+    rows: Operand, columns: Operand, row_P: NDArray[np.int64], column_P: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Which of a row's candidates remain after a float32 product of each pair: where more than a few do, half the cost.
+
+    Args:
+        row_P, column_P: int64, shape (P,): `candidates`, in their order.
+
+    Returns:
+        int64, ascending: places in `row_P`, of each row one at least.
+    """
+    dot_P = _pair_dots(rows, columns, row_P, column_P, np.float32)
+    begins_P = np.diff(row_P, prepend=-1) > 0
+    top_R = np.maximum.reduceat(dot_P, np.flatnonzero(begins_P))
+    enough_R = _enough(top_R, _off(rows, columns)[row_P[begins_P]], rows, None)
+    return np.flatnonzero(dot_P >= enough_R[np.cumsum(begins_P) - 1])
+
+
+def _pair_dots(
+    rows: Operand, columns: Operand, row_P: NDArray[np.int64], column_P: NDArray[np.int64], dtype: type[Float]
+) -> NDArray[Float]:
+    dot_P = np.empty(len(row_P), dtype)
+    for start in range(0, len(row_P), DOT_ROWS):
+        few = slice(start, start + DOT_ROWS)
+        row_FD, column_FD = rows.vec[row_P[few]], columns.vec[column_P[few]]
+        dot_P[few] = np.vecdot(row_FD.astype(dtype, copy=False), column_FD.astype(dtype, copy=False))
+    return dot_P
 
 
 def candidates(
-    rows: Operand, columns: Operand, least_B: Float32s | None = None, earlier: bool = False
+    rows: Operand, columns: Operand, least_B: Float32s | None = None, before: int | None = None
 ) -> NDArray[np.int64]:
-    """Places of all columns that can have their row's largest product, and of some more.
+    """Places of all columns that can have their row's largest cosine, and of some more.
 
     Args:
         rows: B of them.
         columns: C of them, at least one.
-        least_B: float32, shape (B,): products below are of no interest; None for no such bound.
-        earlier: rows and columns are the same, and a row is compared with those before it only.
+        least_B: float32, shape (B,): cosines below are of no interest; None for no such bound.
+        before: row b is compared with the first `before` + b columns only; None: with all.
 
     Returns:
-        int64, shape (P,), ascending: row x C + column. A row has one at least unless `least_B` or `earlier` leave none.
+        int64, shape (P,), ascending: row x C + column. A row has one at least unless `least_B` or `before` leave none.
     """
     if rows.low is not None and columns.low is not None:
-        place_P = _of_bf16(rows, columns, least_B, earlier)
+        place_P = _of_bf16(rows, columns, least_B, before)
         if place_P is not None:
             return place_P
     dot_BC = rows.vec @ columns.vec.T
-    if earlier:
-        np.copyto(dot_BC, -np.inf, where=~np.tri(len(dot_BC), k=-1, dtype=np.bool_))
+    if before is not None:
+        _hide_later(dot_BC, before, -np.inf)
     largest_BW = _folded(dot_BC)
-    enough_B = _enough(largest_BW.max(axis=1), _off(rows), least_B)
-    if earlier:
+    enough_B = _enough(largest_BW.max(axis=1), _off(rows, columns), rows, least_B)
+    if before == 0:
         enough_B[0] = np.inf
-    return _reached(dot_BC, largest_BW, enough_B)
+    return _reached(dot_BC, largest_BW, enough_B, _groups(largest_BW, enough_B))
+
+
+def _hide_later(value_BC: NDArray[Number], before: int, hidden: float) -> None:
+    """Overwrite what a row is not compared with."""
+    last_BC = value_BC[:, before:]
+    rows, columns = last_BC.shape
+    np.copyto(last_BC, hidden, where=~np.tri(rows, columns, k=-1, dtype=np.bool_))
 
 
 def _folded(value_BC: NDArray[Number]) -> NDArray[Number]:
@@ -156,36 +203,49 @@ def _folded(value_BC: NDArray[Number]) -> NDArray[Number]:
     """
     rows, columns = value_BC.shape
     fold = math.gcd(columns, FOLD) if columns >= FOLD * LEAST_STRETCH else 1
+    if fold == 1:
+        return value_BC
     folded_BW: NDArray[Number] = value_BC.reshape(rows, fold, columns // fold).max(axis=1)
     return folded_BW
 
 
-def _reached(value_BC: NDArray[Number], largest_BW: NDArray[Number], enough_B: NDArray[Number]) -> NDArray[np.int64]:
-    """Places of the values that are enough, ascending."""
+def _groups(largest_BW: NDArray[Number], enough_B: NDArray[Number]) -> NDArray[np.int64]:
+    """Where the largest of folded columns are enough, ascending: row x W + column."""
+    return np.flatnonzero(largest_BW >= enough_B[:, None])
+
+
+def _reached(
+    value_BC: NDArray[Number], largest_BW: NDArray[Number], enough_B: NDArray[Number], group_G: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Places of the values that are enough, ascending, which are in these groups of folded columns."""
     columns, width = value_BC.shape[1], largest_BW.shape[1]
-    row_G, first_G = np.divmod(np.flatnonzero(largest_BW >= enough_B[:, None]), width)
+    if columns == width:
+        return group_G
+    row_G, first_G = np.divmod(group_G, width)
     place_GF = (row_G * columns + first_G)[:, None] + np.arange(0, columns, width)
     place_P: NDArray[np.int64] = place_GF[value_BC.reshape(-1)[place_GF] >= enough_B[row_G][:, None]]
     place_P.sort()
     return place_P
 
 
-def _off(rows: Operand) -> Float32s:
-    """The most that a float32 product of a row and a unit column can be off, whatever the order of its sum."""
-    off_B: Float32s = rows.norm * np.float32((rows.vec.shape[1] + 16) * EPS32)
+def _off(rows: Operand, columns: Operand) -> Float32s:
+    """The most that a float32 product can be off the cosine times the row's norm, whatever the order of its sum."""
+    rounding = (rows.vec.shape[1] + 16) * EPS32
+    unit = float(np.abs(columns.norm - 1).max()) + rounding
+    off_B: Float32s = rows.norm * np.float32(rounding * (1 + unit) + unit)
     return off_B
 
 
-def _enough(top_B: Float32s, off_B: Float32s, least_B: Float32s | None) -> Float32s:
-    """What a product must reach, when each is off by `off_B` at most, to be the largest and `least_B` or more."""
+def _enough(top_B: Float32s, off_B: Float32s, rows: Operand, least_B: Float32s | None) -> Float32s:
+    """What a product must reach, when each is off by `off_B` at most, to be of the largest cosine and `least_B`."""
     enough_B = top_B - off_B
     if least_B is not None:
-        np.maximum(enough_B, least_B, out=enough_B)
+        np.maximum(enough_B, least_B * rows.norm, out=enough_B)
     enough_B -= off_B
     return enough_B
 
 
-def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, earlier: bool) -> NDArray[np.int64] | None:
+def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, before: int | None) -> NDArray[np.int64] | None:
     """`candidates` from a bfloat16 product; None where it cannot tell enough of them apart.
 
     A product of rounded rows is off by what rounding took of the row, times the column, and of the column, times the
@@ -198,48 +258,19 @@ def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, earlier:
     out = rows.low @ columns.low.T
     # Positive floats are in the order of their bits, and as integers all negative ones are below them.
     bits_BC = out.view(torch.int16).numpy()
-    if earlier:
-        np.copyto(bits_BC, 0, where=~np.tri(len(bits_BC), k=-1, dtype=np.bool_))
+    if before is not None:
+        _hide_later(bits_BC, before, 0)
     largest_BW = _folded(bits_BC)
     top_B = torch.from_numpy(largest_BW.max(axis=1)).view(torch.bfloat16).float().numpy()
-    off_B = (1.01 * (rows.lost + rows.norm * columns.lost.max()) + 2 * _off(rows)).astype(np.float32)
-    enough_B = _enough(top_B * np.float32(1 - EPS16), off_B, least_B)
-    if (enough_B[int(earlier) :] <= 0).any():
+    rounded_B = rows.lost * columns.norm.max() + rows.norm * columns.lost.max()
+    off_B = np.float32(1.01) * rounded_B + 2 * _off(rows, columns)
+    enough_B = _enough(top_B * np.float32(1 - EPS16), off_B, rows, least_B)
+    if (enough_B[int(before == 0) :] <= 0).any():
         return None
     enough_bits_B = torch.from_numpy(enough_B).bfloat16().view(torch.int16).numpy()
-    if earlier:
+    if before == 0:
         enough_bits_B[0] = np.iinfo(np.int16).max
-    if np.count_nonzero(largest_BW >= enough_bits_B[:, None]) > DENSE * len(bits_BC):
+    group_G = _groups(largest_BW, enough_bits_B)
+    if len(group_G) > DENSE * len(bits_BC):
         return None
-    return _told_apart(rows, columns, _reached(bits_BC, largest_BW, enough_bits_B), least_B)
-
-
-def _told_apart(
-    rows: Operand, columns: Operand, place_P: NDArray[np.int64], least_B: Float32s | None
-) -> NDArray[np.int64]:
-    """What is left of the places by float32 products of the pairs."""
-    row_P, column_P = np.divmod(place_P, len(columns.vec))
-    begins_P = np.diff(row_P, prepend=-1) > 0
-    if least_B is None:
-        # One place alone needs no telling.
-        alone_P = begins_P & np.append(begins_P[1:], True)
-        some = np.flatnonzero(~alone_P)
-        row_P, column_P, begins_P = row_P[some], column_P[some], begins_P[some]
-    if not len(row_P):
-        return place_P
-    dot_P = np.empty(len(row_P), np.float32)
-    for start in range(0, len(row_P), DOT_ROWS):
-        pairs = slice(start, start + DOT_ROWS)
-        dot_P[pairs] = np.vecdot(rows.vec[row_P[pairs]], columns.vec[column_P[pairs]])
-    begin_R = np.flatnonzero(begins_P)
-    row_R = row_P[begin_R]
-    enough_R = _enough(
-        np.maximum.reduceat(dot_P, begin_R), _off(rows)[row_R], None if least_B is None else least_B[row_R]
-    )
-    near_P = dot_P >= enough_R[np.cumsum(begins_P) - 1]
-    keep_P = near_P
-    if least_B is None:
-        keep_P = alone_P
-        keep_P[some] = near_P
-    left_P: NDArray[np.int64] = place_P[keep_P]
-    return left_P
+    return _reached(bits_BC, largest_BW, enough_bits_B, group_G)

@@ -59,11 +59,14 @@ def widened(vec_ND: Float16s) -> Float32s:
     if not _LEAST * _BIAS:  # a library has told this thread to take subnormal numbers for 0
         return np.ascontiguousarray(vec_ND, np.float32)
     wide_ND = np.empty(vec_ND.shape, np.float32)
+    bits_ND = wide_ND.view(np.uint32)
     for start in range(0, len(vec_ND), DOT_ROWS):
-        bits_BD = vec_ND[start : start + DOT_ROWS].view(np.int16).astype(np.uint32)  # the sign in all upper bits
+        block = slice(start, start + DOT_ROWS)
+        wide_BD, bits_BD = wide_ND[block], bits_ND[block]
+        bits_BD[...] = vec_ND[block].view(np.int16)  # the sign in all upper bits
         bits_BD <<= np.uint32(13)
         bits_BD &= np.uint32(0x8FFFE000)
-        np.multiply(bits_BD.view(np.float32), _BIAS, out=wide_ND[start : start + DOT_ROWS])
+        wide_BD *= _BIAS
     return wide_ND
 
 
@@ -101,7 +104,7 @@ def row_cosine(a_ND: Float16s, b_ND: Float16s) -> Float32s:
         return (dots(a_ND, b_ND) / (norms(a_ND) * norms(b_ND))).astype(np.float32)
 
 
-def all_cosines(a_ND: Float16s, b_MD: Float16s) -> Float32s:
+def all_cosines(a_ND: Floats, b_MD: Floats) -> Float32s:
     """Cosine of every row of `a` with every row of `b`: float32, shape (N, M), the same bits as `row_cosine`.
 
     Memory is N x M float64: for blocks.

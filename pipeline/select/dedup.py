@@ -20,24 +20,21 @@ from pipeline.cluster import ASSIGNED, MOST_PER_CLUSTER, Clustering, Clusters, h
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
-from pipeline.products import Operand, candidates, operand, pays
+from pipeline.products import Operand, candidates, dots, operand, pays, told_apart
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import drop, made
 from pipeline.step import RULE, Outcome, Step, places_in
 from pipeline.vectors import (
-    DOT_ROWS,
     Float16s,
     Float32s,
     Float64s,
     all_cosines,
-    dots,
     draw,
     first_largest,
     norms,
     ordered_bits,
     uid_words,
-    widened,
 )
 
 CLUSTER_ROWS = 8000
@@ -50,8 +47,8 @@ TASKS = 64
 """That compare, at least, where each has a cluster: what workers share."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
-BLOCK_ROWS = 512
-HELD_ROWS = 8192  # 52 MB at 512 dims, twice; each earlier row is read once for so many
+BLOCK_ROWS = 256
+HELD_ROWS = 16384  # 50 MB at 512 dims, twice; each earlier row is read once for so many
 DENSE = 8  # near-tied pairs per row, above which one float64 product of the block is cheaper than pairs
 
 
@@ -67,13 +64,12 @@ class _Block(NamedTuple):
     """Some rows of a cluster."""
 
     row: NDArray[np.int64]  # (B,), ascending: their places in the cluster
-    vec: Float16s  # (B, D), as stored
     norm: Float64s  # (B,)
-    unit: Operand  # (B, D)
+    vec: Operand  # (B, D)
 
     def part(self, rows: slice) -> _Block:
         """Some of the rows, without a copy."""
-        return _Block(self.row[rows], self.vec[rows], self.norm[rows], self.unit[rows])
+        return _Block(self.row[rows], self.norm[rows], self.vec[rows])
 
 
 def repeats(
@@ -110,9 +106,8 @@ def repeats(
             for block in _slices(len(rows.row), block_rows):
                 _nearer(rows.part(block), columns, cos_U[mine][block], best_U[mine][block])
         for block in _slices(len(rows.row), block_rows):
-            if block.start:
-                _nearer(rows.part(block), rows.part(slice(block.start)), cos_U[mine][block], best_U[mine][block])
-            _nearer(rows.part(block), None, cos_U[mine][block], best_U[mine][block])
+            earlier = rows.part(slice(block.stop))
+            _nearer(rows.part(block), earlier, cos_U[mine][block], best_U[mine][block], block.start)
     cos_N = np.full(len(vec_ND), -1, np.float32)
     best_N = np.full(len(vec_ND), -1, np.int64)
     cos_N[distinct_U], best_N[distinct_U] = cos_U, best_U
@@ -148,7 +143,7 @@ def greedy(
         cos_B, best_B = cos_N[start : start + block_rows], best_N[start : start + block_rows]
         for begin in range(0, len(kept), block_rows):
             _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B)
-        cos_BB = all_cosines(rows.vec, rows.vec)
+        cos_BB = all_cosines(rows.vec.vec, rows.vec.vec)
         kept_B = np.zeros(len(rows.row), np.bool_)
         for here in range(len(rows.row)):
             kept_B[here] = float(cos_B[here]) <= min_cos
@@ -183,14 +178,8 @@ def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
 
 
 def _block(vec_ND: VecRows, row_B: NDArray[np.int64], bf16: bool) -> _Block:
-    vec_BD = np.ascontiguousarray(vec_ND[row_B])
-    unit_BD = np.empty(vec_BD.shape, np.float32)
-    norm_B = np.empty(len(vec_BD))
-    for block in _slices(len(vec_BD), DOT_ROWS):
-        wide_BD = widened(vec_BD[block])
-        norm_B[block] = norms(wide_BD)
-        np.multiply(wide_BD, (1 / norm_B[block]).astype(np.float32)[:, None], out=unit_BD[block])
-    return _Block(row_B, vec_BD, norm_B, operand(unit_BD, bf16))
+    vec = operand(vec_ND[row_B], bf16)
+    return _Block(row_B, norms(vec.vec), vec)
 
 
 def _dims(vec_ND: VecRows) -> int:
@@ -209,10 +198,13 @@ def _first_copies(vec_ND: VecRows, block_rows: int) -> NDArray[np.int64]:
     earlier, other row is its own first copy: `repeats` compares it like any row.
     """
     hash_N = np.zeros(len(vec_ND), np.uint64)
-    factor_D = np.random.default_rng(0).integers(2**64, size=_dims(vec_ND), dtype=np.uint64) | np.uint64(1)
+    dims = _dims(vec_ND)
+    word = np.dtype("u8" if dims % 4 == 0 else "u2")
+    words = dims * 2 // word.itemsize
+    factor_W = np.random.default_rng(0).integers(2**64, size=words, dtype=np.uint64) | np.uint64(1)
     for start in range(0, len(vec_ND), block_rows):
-        bits_BD = np.asarray(vec_ND[start : start + block_rows]).view(np.uint16)
-        hash_N[start : start + block_rows] = (bits_BD * factor_D).sum(axis=1)
+        word_BW: NDArray[np.unsignedinteger] = np.ascontiguousarray(vec_ND[start : start + block_rows]).view(word)
+        hash_N[start : start + block_rows] = (word_BW * factor_W).sum(axis=1)
     _, first_H, hash_at_N = np.unique(hash_N, return_index=True, return_inverse=True)
     first_N: NDArray[np.int64] = first_H[hash_at_N]
     copy_C = np.flatnonzero(first_N < np.arange(len(vec_ND)))
@@ -228,15 +220,15 @@ def _slices(rows: int, block_rows: int) -> Iterator[slice]:
     return (slice(start, start + block_rows) for start in range(0, rows, block_rows))
 
 
-def _nearer(rows: _Block, columns: _Block | None, cos_B: Float32s, best_B: NDArray[np.int64]) -> None:
+def _nearer(
+    rows: _Block, columns: _Block, cos_B: Float32s, best_B: NDArray[np.int64], before: int | None = None
+) -> None:
     """Update each row's largest cosine, and the earliest row that has it, in place, by `columns`, all of them earlier.
 
-    Without columns by the earlier ones of `rows` itself. Blocks of columns must come in order: an equal cosine further
-    on is not nearer.
+    With `before`, row b by the first `before` + b columns only. Blocks of columns must come in order: an equal cosine
+    further on is not nearer.
     """
-    earlier = columns is None
-    columns = rows if columns is None else columns
-    place_P = candidates(rows.unit, columns.unit, cos_B, earlier)
+    place_P = candidates(rows.vec, columns.vec, cos_B, before)
     if not len(place_P):
         return
     row_P, column_P = np.divmod(place_P, len(columns.row))
@@ -245,14 +237,16 @@ def _nearer(rows: _Block, columns: _Block | None, cos_B: Float32s, best_B: NDArr
     if len(place_P) > DENSE * len(near):
         can_BC = np.zeros((len(rows.row), len(columns.row)), np.bool_)
         can_BC.reshape(-1)[place_P] = True
-        exact_BC = np.where(can_BC, all_cosines(rows.vec, columns.vec), -4)
+        exact_BC = np.where(can_BC, all_cosines(rows.vec.vec, columns.vec.vec), -4)
         column = exact_BC.argmax(axis=1)[near]
         value = exact_BC[near, column]
     else:
-        exact_P = dots(rows.vec[row_P], columns.vec[column_P]) / (rows.norm[row_P] * columns.norm[column_P])
-        exact32_P = exact_P.astype(np.float32)
-        first = first_largest(exact32_P, np.cumsum(begins_P) - 1)
-        column, value = column_P[first], exact32_P[first]
+        few = told_apart(rows.vec, columns.vec, row_P, column_P)
+        row_F, column_F = row_P[few], column_P[few]
+        exact_F = dots(rows.vec, columns.vec, row_F, column_F) / (rows.norm[row_F] * columns.norm[column_F])
+        exact32_F = exact_F.astype(np.float32)
+        first = first_largest(exact32_F, np.cumsum(np.diff(row_F, prepend=-1) > 0) - 1)
+        column, value = column_F[first], exact32_F[first]
     better = value > cos_B[near]
     cos_B[near[better]] = value[better]
     best_B[near[better]] = columns.row[column[better]]

@@ -171,3 +171,17 @@ def test_no_bucket_is_too_large_unless_one_cluster_is_and_none_is_left_out(sizes
     for bucket in set(bucket_K.tolist()):
         held = [size for size, b in zip(sizes, bucket_K, strict=True) if b == bucket and size]
         assert sum(held) <= max_rows or len(held) == 1
+
+
+def test_rows_of_one_hash_that_differ_are_no_copies():
+    # Two words that differ by such multiples of each other's factor that the sums are the same modulo 2^64.
+    one, other = (int(f) | 1 for f in np.random.default_rng(0).integers(2**64, size=2, dtype=np.uint64))
+    rng = np.random.default_rng(1)
+    while True:
+        low, high, step = (int(w) for w in rng.integers(2**64, size=3, dtype=np.uint64))
+        words = [[low, high], [(low + step * other) % 2**64, (high - step * one) % 2**64]]
+        vec_ND = np.array(words, np.uint64).view(np.float16)
+        if (np.abs(vec_ND) < 2).all():  # and not NaN
+            break
+    assert dedup._first_copies(vec_ND, 4).tolist() == [0, 1]
+    assert dedup._first_copies(np.concatenate([vec_ND, vec_ND]), 4).tolist()[:3] == [0, 1, 0]
