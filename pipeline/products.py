@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +108,9 @@ def operand(vec_ND: Float16s | Float32s, bf16: bool, measured: bool = True) -> O
             once it pays more to compare a few more of them exactly.
     """
     if not bf16:
-        wide_ND = widened(vec_ND) if vec_ND.dtype == np.float16 else vec_ND.astype(np.float32, copy=False)
+        wide_ND = (
+            widened(cast("Float16s", vec_ND)) if vec_ND.dtype == np.float16 else vec_ND.astype(np.float32, copy=False)
+        )
         return Operand(wide_ND, np.sqrt(np.vecdot(wide_ND, wide_ND)), None, np.zeros(len(vec_ND), np.float32))
     import torch
 
