@@ -183,6 +183,12 @@ def test_the_first_digits_are_counted_without_the_words_for_ties():
     assert exact.taken(cut, group_N, keys).tolist() == by_sorting([40], group_N, keys)[0].tolist()
 
 
+def test_a_group_that_takes_nothing_is_not_counted():
+    keys, group_N = keys_of(np.ones(4, np.float32)), np.array([0, 1, 1, 2], np.int32)
+    counts = exact.histogram(exact.start(np.array([0, 1, 1]), 32), group_N, keys)
+    assert (counts.group.tolist(), counts.count.tolist()) == ([1, 2], [2, 1])
+
+
 def test_a_cut_is_plain_arrays_and_a_round_leaves_the_one_before_as_it_was():
     keys = keys_of(np.array([1.0, 2.0, 3.0], np.float32))
     group_N = np.zeros(3, np.int32)

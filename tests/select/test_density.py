@@ -206,6 +206,11 @@ def test_the_nth_largest_is_that_of_a_sort(values, data):
     assert density.nth_largest(np.array(values), 13, n) == sorted(values, reverse=True)[n - 1]
 
 
+def test_equal_remainders_tie_on_either_side_of_a_step():
+    target = np.array([1.5 - 2.0**-50, 1.5, 1.0])
+    assert density.allocate(target, np.zeros(3, int), np.full(3, 90), 4).tolist() == [2, 1, 1]
+
+
 def test_a_cluster_without_members_gets_nothing_and_its_target_does_not_count():
     target, high = np.array([np.nan, 2.0, 9.0]), np.array([0, 5, 6])
     assert density.allocate(target, np.zeros(3, int), high, 7).tolist() == [0, 1, 6]
