@@ -91,7 +91,7 @@ def paired(name: str, against: str, target: float, unit: str, pairs: Sequence[tu
 
 def within(name: str, limit: float, unit: str, measured: Sequence[float]) -> Row:
     """A row for a cost that has to stay below a limit: the ratio is limit / cost, its target 1."""
-    ratios = [limit / value for value in measured]
+    ratios = [limit / max(value, 1e-3 * limit) for value in measured]  # of a thousandth or nothing: 1000
     return Row(
         *(name, f"at most {limit:g} {unit}", statistics.median(ratios), 1.0, unit),
         *(statistics.median(measured), limit, min(ratios), max(ratios), len(ratios)),

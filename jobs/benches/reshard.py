@@ -48,7 +48,8 @@ def measure(scratch: Path) -> Iterator[Row]:
         own_s, own_bytes = alone(list_step, scratch, SHARDS, number)
         other_s, other_bytes = alone(isin, scratch, SHARDS, number)
         pairs.append((rows / own_s / 1e6, rows / other_s / 1e6))
-        memory_mb.append((alone(list_step, scratch, SMALL, number)[1] / 1e6, own_bytes / 1e6))
+        # Of another subset: of the same one the small pool's part would be found, not made.
+        memory_mb.append((alone(list_step, scratch, SMALL, RUNS + number)[1] / 1e6, own_bytes / 1e6))
     name = f"reshard: {rows / 1e6:.0f}M uids against a subset of {NAMED:.0%}, one core"
     yield paired(name, f"np.isin (which took {other_bytes / 1e6:.0f} MB)", 1, "M rows/s", pairs)
     yield paired(f"reshard: peak memory for {SMALL * ROWS / 1e6:.1f}M uids", "for all", 0.9, "MB", memory_mb)
@@ -58,7 +59,7 @@ def write_pool(folder: Path) -> None:
     """Metadata in DataComp's layout with random uids, and some subsets of them."""
     folder.mkdir()
     random = np.random.default_rng(0)
-    named: list[list[np.ndarray]] = [[] for _ in range(RUNS + 1)]
+    named: list[list[np.ndarray]] = [[] for _ in range(2 * RUNS + 1)]
     for shard in range(SHARDS):
         uid_N = random.integers(0, 256, (ROWS, 16), np.uint8)
         digits, ends = uid_N.tobytes().hex().encode(), np.arange(0, 32 * ROWS + 1, 32, dtype=np.int32)
