@@ -217,7 +217,7 @@ def test_the_first_steps_are_on_a_quarter_of_many_rows_and_on_half_of_fewer(rows
 
 
 def test_every_row_of_the_sample_is_used():
-    """FAISS alone would draw 256 rows per centroid, and is given a quarter here."""
+    """FAISS alone would draw 256 rows per centroid, and is given eight here."""
     vec_ND = unit_rows(8, 3000, 4)
     mean = vec_ND.astype(np.float64).sum(axis=0)
     centroid_KD, _ = kmeans.train(vec_ND, 1, 2, seed=0, threads=1)
