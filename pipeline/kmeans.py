@@ -61,11 +61,10 @@ def train(
     if not len(sample_MD):
         raise ValueError("k-means needs at least one row")
     gpu = gpu and faiss.get_num_gpus() > 0
-    most = max(1, len(sample_MD) // (LEAST_PER_CLUSTER * k))
-    some = FEW if len(sample_MD) >= FEW * FEW_PER_CLUSTER * k else SOME
-    centroid_KD = _by_faiss(sample_MD[:: 1 if gpu else most], k, iterations - 1 if gpu else 0, seed, threads, gpu)
+    first_SD = sample_MD[:: 1 if gpu else _most(len(sample_MD), k)]
+    centroid_KD = _by_faiss(first_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
     last = 1 if gpu else -(-iterations // LAST)
-    steps = [(sample_MD[:: min(some, most)], 0 if gpu else iterations - last), (sample_MD, last)]
+    steps = [(sample_MD[:: stride(len(sample_MD), k)], 0 if gpu else iterations - last), (sample_MD, last)]
     bf16 = pays(sample_MD.size * k)
     distance_I = []
     with each_alone(threads, bf16) as pool:
@@ -85,6 +84,21 @@ def train(
                 if rows_SD is not sample_MD or step < count - 1:
                     centroid_KD = split(centroid_KD, size_K)
     return centroid_KD, np.array(distance_I)
+
+
+def stride(rows: int, k: int) -> int:
+    """Of how many rows of a sample the first iterations take one.
+
+    Args:
+        rows: of the sample, at least 1.
+        k: clusters, at least 1.
+    """
+    return min(FEW if rows >= FEW * FEW_PER_CLUSTER * k else SOME, _most(rows, k))
+
+
+def _most(rows: int, k: int) -> int:
+    """The stride that leaves each cluster LEAST_PER_CLUSTER rows; 1 where there are fewer."""
+    return max(1, rows // (LEAST_PER_CLUSTER * k))
 
 
 def _step(

@@ -92,7 +92,6 @@ class _OnDemand(Sequence[T]):
     """Items that are made when they are asked for; equal to any sequence of equal ones."""
 
     __slots__ = ()
-    __hash__ = None  # type: ignore[assignment]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
@@ -124,7 +123,9 @@ class Committed(_OnDemand[File]):
     def __getitem__(self, at: slice) -> Committed: ...
     def __getitem__(self, at: int | slice) -> File | Committed:
         if isinstance(at, slice):
-            first, last, _ = at.indices(len(self))
+            first, last, step = at.indices(len(self))
+            if step != 1:
+                raise ValueError(f"files are packed in a row: no step of {step}")
             packed = self.packed[first * PACKED.size : last * PACKED.size]
             return replace(self, packed=packed, facts=self.facts[first:last])
         at = range(len(self))[at]

@@ -202,18 +202,8 @@ def test_rows_that_moved_are_counted_where_they_are_and_no_longer_where_they_wer
     assert np.array_equal(sums[0][0] + sums[1][0], expected_KD) and np.array_equal(sums[0][1] + sums[1][1], expected_K)
 
 
-@pytest.mark.parametrize(("rows", "stride"), [(3999, kmeans.SOME), (4000, kmeans.FEW)])
-def test_the_first_steps_are_on_a_quarter_of_many_rows_and_on_half_of_fewer(rows, stride, monkeypatch):
-    seen = []
-    step = kmeans._step
-
-    def watched(vec_ND, *args, **kwargs):
-        seen.append(len(vec_ND))
-        return step(vec_ND, *args, **kwargs)
-
-    monkeypatch.setattr(kmeans, "_step", watched)
-    kmeans.train(unit_rows(1, rows, 4), 4, 6, seed=0, threads=1)
-    assert seen == [-(-rows // stride)] * 4 + [rows] * 2
+def test_the_first_steps_are_on_a_quarter_of_many_rows_on_half_of_fewer_and_on_all_of_few():
+    assert [kmeans.stride(rows, 4) for rows in (4000, 3999, 64, 63, 1)] == [4, 2, 2, 1, 1]
 
 
 def test_every_row_of_the_sample_is_used():

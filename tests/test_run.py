@@ -534,6 +534,8 @@ def listed(files: int) -> tuple[Dataset, Dataset]:
         for i, name in enumerate(names)
     )
     columns = Committed("sent", "rows", packed, facts)
+    with pytest.raises(ValueError, match="no step of 2"):
+        columns[::2]
     return Dataset("sent", "key", Listed(names, columns)), Dataset("sent", "key", plain)
 
 
