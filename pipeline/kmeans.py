@@ -5,7 +5,6 @@ exact (`pipeline.vectors`): assignment, distance and mean are the same bits for 
 and number of threads.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
-from pipeline.products import candidates, dots, each_alone, operand, pays
+from pipeline.products import candidates, each_alone, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
@@ -24,7 +23,7 @@ FEW = 4  # or in so many, where these are
 FEW_PER_CLUSTER = 250  # for each cluster: a quarter of 400 for each lost 0.3% of the objective, a half nothing
 LEAST_PER_CLUSTER = 8  # rows that these have for each cluster at least, where there are
 SPLIT = 2.0**-10
-BLOCK_ROWS, LEAST_ROWS = 2048, 256
+BLOCK_ROWS, LEAST_ROWS = 4096, 256
 GEMM_CELLS = 2**22  # products held at a time, 8 or 16 MiB, where that leaves LEAST_ROWS
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
 
@@ -197,40 +196,23 @@ def nearest(
     Raises:
         ValueError: a row without a direction.
     """
-    cluster_N = np.empty(len(vec_ND), np.int32)
-    distance_N = np.empty(len(vec_ND), np.float32)
-    norm_K = vectors.norms(centroid_KD)
-    for block, vec_BD, cluster_B in _assigned(vec_ND, centroid_KD, norm_K, block_rows, bf16):
-        cluster_N[block] = cluster_B
-        distance_N[block] = _distances(vec_BD, cluster_B, centroid_KD, norm_K)
-    return cluster_N, distance_N
-
-
-def _distances(vec_BD: Float32s, cluster_B: NDArray[np.int64], centroid_KD: Float32s, norm_K: Float64s) -> Float64s:
-    distance_B = np.empty(len(vec_BD))
-    for start in range(0, len(vec_BD), vectors.DOT_ROWS):
-        few = slice(start, start + vectors.DOT_ROWS)
-        vec_FD, centroid_FD = vec_BD[few].astype(np.float64), centroid_KD[cluster_B[few]].astype(np.float64)
-        norm_F = np.sqrt(np.vecdot(vec_FD, vec_FD))
-        distance_B[few] = 1 - np.vecdot(vec_FD, centroid_FD) / (norm_F * norm_K[cluster_B[few]])
-    return np.maximum(distance_B, 0)  # the quotient may round above 1
+    cluster_N, cos_N = _assigned(vec_ND, centroid_KD, block_rows, bf16, every=True)
+    return cluster_N, np.maximum(1 - cos_N, 0).astype(np.float32)  # the quotient may round above 1
 
 
 def clusters_of(
     vec_ND: Float16s, centroid_KD: Float32s, block_rows: int = BLOCK_ROWS, bf16: bool | None = None
 ) -> NDArray[np.int32]:
     """The clusters alone, as `nearest` gives them: int32, shape (N,)."""
-    cluster_N = np.empty(len(vec_ND), np.int32)
-    for block, _, cluster_B in _assigned(vec_ND, centroid_KD, vectors.norms(centroid_KD), block_rows, bf16):
-        cluster_N[block] = cluster_B
-    return cluster_N
+    return _assigned(vec_ND, centroid_KD, block_rows, bf16, every=False)[0]
 
 
 def _assigned(
-    vec_ND: Float16s, centroid_KD: Float32s, norm_K: Float64s, block_rows: int, bf16: bool | None
-) -> Iterator[tuple[slice, Float32s, NDArray[np.int64]]]:
-    """For each block of rows: which they are, their float32 values, and their clusters."""
-    clusters = len(centroid_KD)
+    vec_ND: Float16s, centroid_KD: Float32s, block_rows: int, bf16: bool | None, every: bool
+) -> tuple[NDArray[np.int32], Float64s]:
+    """The cluster of each row; and its cosine, of every row or only where several centroids can be the nearest."""
+    cluster_N, cos_N = np.empty(len(vec_ND), np.int32), np.full(len(vec_ND), np.nan)
+    clusters, norm_K = len(centroid_KD), vectors.norms(centroid_KD)
     if bf16 is None:
         bf16 = pays(len(vec_ND) * centroid_KD.size)
     columns = operand(centroid_KD, bf16)
@@ -244,19 +226,51 @@ def _assigned(
         if len(place_P) > DENSE * len(rows.vec):
             cos_BK = rows.vec.astype(np.float64) @ centroid_KD.T.astype(np.float64)
             cos_BK /= vectors.norms(rows.vec)[:, None] * norm_K
-            yield block, rows.vec, cos_BK.argmax(axis=1)
+            cluster_N[block], cos_N[block] = cos_BK.argmax(axis=1), cos_BK.max(axis=1)
             continue
         row_P, cluster_P = np.divmod(place_P, clusters)
-        if len(place_P) > len(rows.vec):
-            begins_P = np.diff(row_P, prepend=-1) > 0
-            alone_P = begins_P & np.append(begins_P[1:], True)
-            tied = np.flatnonzero(~alone_P)
-            row_T, cluster_T = row_P[tied], cluster_P[tied]
-            # Divided as above: of two cosines that round to the same float64, the lower id wins.
-            cos_T = dots(rows, columns, row_T, cluster_T) / (vectors.norms(rows.vec[row_T]) * norm_K[cluster_T])
-            alone_P[tied[vectors.first_largest(cos_T, np.cumsum(begins_P[tied]) - 1)]] = True
-            cluster_P = cluster_P[alone_P]
-        yield block, rows.vec, cluster_P
+        begins_P = np.diff(row_P, prepend=-1) > 0
+        cluster_N[block] = cluster_P[begins_P]
+        at, vec_RD = np.arange(len(rows.vec)), rows.vec
+        if not every:
+            tied_P = ~(begins_P & np.append(begins_P[1:], True))
+            cluster_P = cluster_P[tied_P]
+            at, row_P = np.unique(row_P[tied_P], return_inverse=True)
+            vec_RD = vec_RD[at]
+        if len(at):
+            cos_P = _cosines(vec_RD, row_P, centroid_KD, norm_K, cluster_P)
+            # Of two cosines that round to the same float64, the lower id wins.
+            nearest_R = vectors.first_largest(cos_P, row_P)
+            cluster_N[block][at], cos_N[block][at] = cluster_P[nearest_R], cos_P[nearest_R]
+    return cluster_N, cos_N
+
+
+def _cosines(
+    vec_RD: Float32s, row_P: NDArray[np.int64], centroid_KD: Float32s, norm_K: Float64s, cluster_P: NDArray[np.int64]
+) -> Float64s:
+    """float64 cosine of each pair of a row and a centroid: shape (P,); every row is in one at least.
+
+    Args:
+        row_P: int64, shape (P,), ascending from 0 without gaps.
+    """
+    dot_P, square_R = np.empty(len(row_P)), np.empty(len(vec_RD))
+    begins_P = np.diff(row_P, prepend=-1) > 0
+    begin_R, other_O = np.flatnonzero(begins_P), np.flatnonzero(~begins_P)
+    vec_FD, centroid_FD = np.empty((2, vectors.DOT_ROWS, vec_RD.shape[1]))
+    starts = range(0, len(vec_RD), vectors.DOT_ROWS)
+    bounds = np.searchsorted(row_P[other_O], [*starts, len(vec_RD)]).tolist()
+    for start, (first, last) in zip(starts, pairwise(bounds), strict=True):
+        few = slice(start, start + vectors.DOT_ROWS)
+        begin_F = begin_R[few]
+        vec_FD, centroid_FD = vec_FD[: len(begin_F)], centroid_FD[: len(begin_F)]
+        vec_FD[...], centroid_FD[...] = vec_RD[few], centroid_KD[cluster_P[begin_F]]
+        square_R[few], dot_P[begin_F] = np.vecdot(vec_FD, vec_FD), np.vecdot(vec_FD, centroid_FD)
+        for some in range(first, last, vectors.DOT_ROWS):  # while their rows are in a cache
+            pair_O = other_O[some : min(some + vectors.DOT_ROWS, last)]
+            other_OD = centroid_KD[cluster_P[pair_O]].astype(np.float64)
+            dot_P[pair_O] = np.vecdot(vec_FD[row_P[pair_O] - start], other_OD)
+    cos_P: Float64s = dot_P / (np.sqrt(square_R)[row_P] * norm_K[cluster_P])
+    return cos_P
 
 
 def partial_sums(vec_ND: Float16s, cluster_N: NDArray[np.int32], k: int) -> tuple[Float64s, NDArray[np.int64]]:

@@ -114,19 +114,21 @@ def operand(vec_ND: Float16s | Float32s, bf16: bool, measured: bool = True) -> O
         return Operand(wide_ND, np.sqrt(np.vecdot(wide_ND, wide_ND)), None, np.zeros(len(vec_ND), np.float32))
     import torch
 
-    norm_N, lost_N = np.empty(len(vec_ND), np.float32), np.empty(len(vec_ND), np.float32)
-    vec, low = torch.empty(vec_ND.shape), torch.empty(vec_ND.shape, dtype=torch.bfloat16)
-    spare = torch.empty(DOT_ROWS, vec_ND.shape[1])
-    for start in range(0, len(vec_ND), DOT_ROWS):
+    # torch converts at four times numpy's rate; it warns of memory that is read-only.
+    vec = torch.from_numpy(vec_ND if vec_ND.flags.writeable else vec_ND.copy()).float()
+    low = vec.bfloat16()
+    norm_N = np.sqrt(np.vecdot(vec.numpy(), vec.numpy()))
+    return Operand(vec.numpy(), norm_N, low, _lost(vec, low) if measured else EPS16 * norm_N)
+
+
+def _lost(vec: torch.Tensor, low: torch.Tensor) -> Float32s:
+    """Norm of the difference of each row, with few of them at a time: float32, shape (N,)."""
+    lost_N = np.empty(len(vec), np.float32)
+    for start in range(0, len(vec), DOT_ROWS):
         block = slice(start, start + DOT_ROWS)
-        # torch converts at four times numpy's rate; it warns of memory that is read-only, hence the small copy.
-        whole = vec[block].copy_(torch.from_numpy(vec_ND[block].copy()))
-        rounded = low[block].copy_(whole)
-        norm_N[block] = np.sqrt(np.vecdot(whole.numpy(), whole.numpy()))
-        if measured:
-            lost_BD = spare[: len(whole)].copy_(rounded).sub_(whole).numpy()
-            lost_N[block] = np.sqrt(np.vecdot(lost_BD, lost_BD))
-    return Operand(vec.numpy(), norm_N, low, lost_N if measured else EPS16 * norm_N)
+        lost_BD = low[block].float().sub_(vec[block]).numpy()
+        lost_N[block] = np.sqrt(np.vecdot(lost_BD, lost_BD))
+    return lost_N
 
 
 def dots(rows: Operand, columns: Operand, row_P: NDArray[np.int64], column_P: NDArray[np.int64]) -> Float64s:

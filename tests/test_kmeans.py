@@ -78,6 +78,7 @@ def test_bfloat16_changes_no_assignment_of_rows_around_one_direction(spread):
     cluster_N, distance_N = kmeans.nearest(vec_ND, centroid_KD, bf16=True)
     assert cluster_N.tolist() == cosines64(vec_ND, centroid_KD).argmax(axis=1).tolist()
     assert np.array_equal(distance_N, kmeans.nearest(vec_ND, centroid_KD, bf16=False)[1])
+    assert np.array_equal(cluster_N, kmeans.clusters_of(vec_ND, centroid_KD, bf16=True))
 
 
 @given(

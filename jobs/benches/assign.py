@@ -1,12 +1,13 @@
 """Exact assignment to the nearest centroid, against the float32 product that it cannot do without.
 
-The limit is the processor's own float32 rate for that product, measured before each run on the same cores. Labels and
-distances are the same bits whether float32 or bfloat16 is multiplied first; that is checked here, too.
+The limit is the processor's own float32 rate for that product, measured before each run on the same cores. k-means asks
+for the labels alone, the stages of a recipe for each row's float64 distance, too. Both are the same bits whether float32
+or bfloat16 is multiplied first; that is checked here, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +31,12 @@ def measure(scratch: Path) -> Iterator[Row]:
     for k in CLUSTERS:
         for bf16 in (False, True) if has_bf16() else (False,):
             name = f"assign {ROWS:,} x {DIMS} to {k} centroids, {'bfloat16' if bf16 else 'float32'} first"
-            pairs = on_every_core(partial(rates, k, bf16))
-            yield paired(name, "float32 GEMM peak", 1.4 if bf16 else 0.85, "rows/s", pairs)
+            for work, what in ((clusters_of, "labels"), (nearest, "labels and distances")):
+                pairs = on_every_core(partial(rates, k, bf16, work))
+                yield paired(f"{name}, {what}", "float32 GEMM peak", 1.4 if bf16 else 0.85, "rows/s", pairs)
 
 
-def rates(k: int, bf16: bool, number: int, cores: int) -> Pairs:
+def rates(k: int, bf16: bool, work: Callable[..., object], number: int, cores: int) -> Pairs:
     """Rows per second of one core: ours, and of the product alone."""
     vec_ND = families(ROWS // cores, number)
     centroid_KD = mean_of_some(vec_ND, k)
@@ -45,7 +47,7 @@ def rates(k: int, bf16: bool, number: int, cores: int) -> Pairs:
     pairs = []
     for _ in range(PAIRS):
         peak = float32_rows(centroid_KD)
-        pairs.append((len(vec_ND) / seconds(lambda: nearest(vec_ND, centroid_KD, bf16=bf16)), peak))
+        pairs.append((len(vec_ND) / seconds(lambda: work(vec_ND, centroid_KD, bf16=bf16)), peak))
     return pairs
 
 
