@@ -1,8 +1,8 @@
 """Exact assignment to the nearest centroid, against the float32 product that it cannot do without.
 
 The limit is the processor's own float32 rate for that product, measured before each run on the same cores. k-means asks
-for the labels alone, the stages of a recipe for each row's float64 distance, too. Both are the same bits whether float32
-or bfloat16 is multiplied first; that is checked here, too.
+for the labels alone, the stages of a recipe for each row's float64 distance, too. Both are the same bits whether
+float32 or bfloat16 is multiplied first; that is checked here, too.
 """
 
 from __future__ import annotations
