@@ -145,11 +145,11 @@ def ordered_bits(value_N: Floats) -> NDArray[np.unsignedinteger]:
     """
     uint = np.dtype(f"u{value_N.dtype.itemsize}").type
     sign = uint(1 << (8 * value_N.dtype.itemsize - 1))
-    bits_N = (value_N + value_N.dtype.type(0)).view(uint)
+    bits_N: NDArray[np.unsignedinteger] = (value_N + value_N.dtype.type(0)).view(uint)
     flip_N = (bits_N.view(f"i{value_N.dtype.itemsize}") >> (8 * value_N.dtype.itemsize - 1)).view(uint)
     flip_N |= sign  # all bits of a negative value, the sign of another
-    ordered_N: NDArray[np.unsignedinteger] = bits_N ^ flip_N
-    return ordered_N
+    bits_N ^= flip_N
+    return bits_N
 
 
 def from_ordered_bits(bits_N: NDArray[np.unsignedinteger]) -> Floats:

@@ -6,6 +6,7 @@ count is off by the ties; the cut takes exactly what is asked for, ties by uid. 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -17,11 +18,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds, within
 from pipeline import exact
 from pipeline.exact import Counts, Cut, Keys
-from pipeline.vectors import ordered_bits
+from pipeline.vectors import from_ordered_bits, ordered_bits
 
 PARTS, PART_ROWS = 100, 1_000_000
 KEEP = 0.3
@@ -29,8 +31,8 @@ PAIRS = 3
 MOST_BYTES = 10**9
 SORTED_ROWS = 1 << 16
 """Undecided rows that are sorted; to count the scores once more takes half as long as to sort the million left."""
-BATCH_ROWS = 1 << 16
 COLUMNS = ["score", "uid_high", "uid_low"]
+ROW_N = np.arange(PART_ROWS, dtype=np.uint32)
 
 
 def measure(scratch: Path) -> Iterator[Row]:
@@ -85,52 +87,48 @@ def ours(folder: Path, keep: int) -> int:
 
 def counted(folder: Path, cut: Cut, unit: int) -> Counts:
     """A part's histogram, from its scores alone."""
-    with opened(folder, unit) as part:
-        return exact.histogram(cut, *keys_of(part.read(columns=COLUMNS[:1], use_threads=False), unit, 0))
+    with pq.ParquetFile(folder / f"{unit:03}.parquet", memory_map=True) as part:
+        return exact.histogram(cut, *keys_of(part.read(columns=COLUMNS[:1], use_threads=False), unit, ROW_N))
 
 
-def undecided(folder: Path, cut: Cut, unit: int) -> tuple[np.ndarray, Keys]:
+def undecided(folder: Path, cut: Cut, unit: int) -> tuple[NDArray[np.int32], Keys]:
     """A part's rows that the histograms left."""
-    groups, found = [], []
-    for _, group_N, keys in pieces(folder, unit):
-        left = exact.candidates(cut, group_N, keys)
-        groups.append(group_N[left])
-        found.append(keys.take(left))
-    return np.concatenate(groups), Keys.join(found)
+    _, group_N, keys = scored(folder, unit, *score_range(cut))
+    left = exact.candidates(cut, group_N, keys)
+    return group_N[left], keys.take(left)
 
 
 def filtered(folder: Path, cut: Cut, unit: int) -> int:
     """Write a part's kept rows; how many."""
-    kept = pa.Table.from_batches(
-        batch.take(pa.array(np.flatnonzero(exact.taken(cut, group_N, keys))))
-        for batch, group_N, keys in pieces(folder, unit)
-    )
-    pq.write_table(kept, folder / f"ours-{unit:03}.kept", compression="none", use_dictionary=False)
-    return int(kept.num_rows)
+    rows, group_N, keys = scored(folder, unit, score_range(cut)[0], math.inf)
+    kept = rows.select(COLUMNS).filter(exact.taken(cut, group_N, keys))
+    kept.write_parquet(folder / f"ours-{unit:03}.kept", compression="uncompressed")
+    return len(kept)
 
 
-def opened(folder: Path, unit: int) -> pq.ParquetFile:
-    """A part's file; pq.read_table takes three times as long to read one."""
-    return pq.ParquetFile(folder / f"{unit:03}.parquet", memory_map=True)
+def scored(folder: Path, unit: int, least: float, most: float) -> tuple[pl.DataFrame, NDArray[np.int32], Keys]:
+    """A part's rows with a score between two; the uids of others are not read."""
+    scan = pl.scan_parquet(folder / f"{unit:03}.parquet", row_index_name="row")
+    rows = scan.filter(pl.col("score") >= least, pl.col("score") <= most).collect()
+    return rows, *keys_of(rows.to_arrow(), unit, rows["row"].to_numpy())
 
 
-def pieces(folder: Path, unit: int) -> Iterator[tuple[pa.RecordBatch, np.ndarray, Keys]]:
-    """A part, so many rows at a time as stay in a processor's cache, with their groups and keys."""
-    first = 0
-    with opened(folder, unit) as part:
-        for batch in part.iter_batches(BATCH_ROWS, columns=COLUMNS, use_threads=False):
-            yield batch, *keys_of(batch, unit, first)
-            first += batch.num_rows
+def score_range(cut: Cut) -> tuple[float, float]:
+    """The lowest and highest score that the known digits of the last taken key leave."""
+    first = int.from_bytes(cut.prefix_KL[0, : cut.value_digits].astype(">u2").tobytes())
+    unknown = max(0, cut.value_digits - int(cut.depth_K[0]))
+    last = first | (1 << exact.DIGIT_BITS * unknown) - 1
+    most, least = from_ordered_bits(~np.array([first, last], np.uint32)).tolist()
+    return least, most
 
 
-def keys_of(rows: pa.Table | pa.RecordBatch, unit: int, first: int) -> tuple[np.ndarray, Keys]:
-    """Groups and keys of a part's rows from `first` on, highest score first; without the uid's columns all are 0."""
+def keys_of(rows: pa.Table, unit: int, row_N: NDArray[np.uint32]) -> tuple[NDArray[np.int32], Keys]:
+    """Groups and keys of a part's rows, highest score first; without the uid's columns all are 0."""
     value_N = ~ordered_bits(rows.column("score").to_numpy())
     n = len(value_N)
     none_N = np.broadcast_to(np.uint64(0), n)
     high_N, low_N = (rows.column(c).to_numpy() if c in rows.schema.names else none_N for c in COLUMNS[1:])
-    unit_N, row_N = np.broadcast_to(np.uint32(unit), n), np.arange(first, first + n, dtype=np.uint32)
-    return np.broadcast_to(np.int32(0), n), Keys(value_N, high_N, low_N, unit_N, row_N)
+    return np.broadcast_to(np.int32(0), n), Keys(value_N, high_N, low_N, np.broadcast_to(np.uint32(unit), n), row_N)
 
 
 def theirs(folder: Path, keep: int) -> int:
