@@ -190,7 +190,7 @@ def candidates(
     enough_B = _enough(largest_BW.max(axis=1), _off(rows, columns), rows, least_B)
     if before == 0:
         enough_B[0] = np.inf
-    return _reached(dot_BC, largest_BW, enough_B, _groups(largest_BW, enough_B))
+    return _reached(dot_BC, largest_BW, enough_B, *_groups(largest_BW, enough_B))
 
 
 def _hide_later(value_BC: NDArray[Number], before: int, hidden: float) -> None:
@@ -213,21 +213,29 @@ def _folded(value_BC: NDArray[Number]) -> NDArray[Number]:
     return folded_BW
 
 
-def _groups(largest_BW: NDArray[Number], enough_B: NDArray[Number]) -> NDArray[np.int64]:
-    """Where the largest of folded columns are enough, ascending: row x W + column."""
-    return np.flatnonzero(largest_BW >= enough_B[:, None])
+def _groups(largest_BW: NDArray[Number], enough_B: NDArray[Number]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and place of each largest of folded columns that is enough, in any order."""
+    at_BW = largest_BW >= enough_B[:, None]
+    if at_BW.flags.c_contiguous:
+        return np.divmod(np.flatnonzero(at_BW), at_BW.shape[1])
+    first_G, row_G = np.divmod(np.flatnonzero(at_BW.T), at_BW.shape[0])
+    return row_G, first_G
 
 
 def _reached(
-    value_BC: NDArray[Number], largest_BW: NDArray[Number], enough_B: NDArray[Number], group_G: NDArray[np.int64]
+    value_BC: NDArray[Number],
+    largest_BW: NDArray[Number],
+    enough_B: NDArray[Number],
+    row_G: NDArray[np.int64],
+    first_G: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """Places of the values that are enough, ascending, which are in these groups of folded columns."""
     columns, width = value_BC.shape[1], largest_BW.shape[1]
-    if columns == width:
-        return group_G
-    row_G, first_G = np.divmod(group_G, width)
-    place_GF = (row_G * columns + first_G)[:, None] + np.arange(0, columns, width)
-    place_P: NDArray[np.int64] = place_GF[value_BC.reshape(-1)[place_GF] >= enough_B[row_G][:, None]]
+    place_P: NDArray[np.int64] = row_G * columns + first_G
+    if columns > width:
+        column_GF = first_G[:, None] + np.arange(0, columns, width)
+        enough_GF = value_BC[row_G[:, None], column_GF] >= enough_B[row_G][:, None]
+        place_P = ((row_G * columns)[:, None] + column_GF)[enough_GF]
     place_P.sort()
     return place_P
 
@@ -259,7 +267,9 @@ def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, before: 
     import torch
 
     assert rows.low is not None and columns.low is not None
-    out = rows.low @ columns.low.T
+    # The second factor is packed for each product: the smaller one.
+    turned = len(rows.low) < len(columns.low)
+    out = (columns.low @ rows.low.T).T if turned else rows.low @ columns.low.T
     # Positive floats are in the order of their bits, and as integers all negative ones are below them.
     bits_BC = out.view(torch.int16).numpy()
     if before is not None:
@@ -274,7 +284,7 @@ def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, before: 
     enough_bits_B = torch.from_numpy(enough_B).bfloat16().view(torch.int16).numpy()
     if before == 0:
         enough_bits_B[0] = np.iinfo(np.int16).max
-    group_G = _groups(largest_BW, enough_bits_B)
-    if len(group_G) > DENSE * len(bits_BC):
+    row_G, first_G = _groups(largest_BW, enough_bits_B)
+    if len(row_G) > DENSE * len(bits_BC):
         return None
-    return _reached(bits_BC, largest_BW, enough_bits_B, group_G)
+    return _reached(bits_BC, largest_BW, enough_bits_B, row_G, first_G)

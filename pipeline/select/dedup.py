@@ -47,7 +47,7 @@ TASKS = 64
 """That compare, at least, where each has a cluster: what workers share."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
-BLOCK_ROWS = 256
+BLOCK_ROWS = 384
 HELD_ROWS = 16384  # 50 MB at 512 dims, twice; each earlier row is read once for so many
 DENSE = 8  # near-tied pairs per row, above which one float64 product of the block is cheaper than pairs
 
