@@ -383,7 +383,7 @@ def export(directory: Root, path: str, write: Callable[[Sink], object]) -> dict[
     return {"sha256": file.sha256, "bytes": file.bytes}
 
 
-def _sha256(data: bytes) -> str:
+def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -721,14 +721,14 @@ def _manifest(stage: Stage, keys: Sequence[str]) -> str:
     return f"{MANIFESTS}/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
 
 
-def _pack(keys: Sequence[str], record: Callable[[str], bytes]) -> bytes:
-    """The records of some keys as one object. Its bytes do not depend on RECEIPT_BATCH, a multiple of parquet's own."""
-    batches = [
-        pa.array([record(key).decode() for key in keys[first : first + RECEIPT_BATCH]], pa.string())
-        for first in range(0, len(keys), RECEIPT_BATCH)
-    ]
-    columns = {"key": pa.array(keys, pa.string()), "receipt": pa.chunked_array(batches, pa.string())}
-    return to_parquet(pa.table(columns, schema=RECEIPTS))
+def _pack(keys: Sequence[str], record: Callable[[str], bytes]) -> memoryview:
+    """The records of some keys as one object, with few of them as text at a time."""
+    out = io.BytesIO()
+    with pq.ParquetWriter(out, RECEIPTS, compression="zstd", use_dictionary=False, write_statistics=False) as file:
+        for first in range(0, len(keys), RECEIPT_BATCH):
+            some = keys[first : first + RECEIPT_BATCH]
+            file.write_table(pa.table([some, [record(key).decode() for key in some]], schema=RECEIPTS))
+    return out.getbuffer()
 
 
 def _unpacked(path: str, data: bytes) -> Iterator[Receipt]:
