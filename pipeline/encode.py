@@ -7,10 +7,8 @@ unit length. The only module beside train.py that imports torch or open_clip.
 from __future__ import annotations
 
 import copy
-import ctypes
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +35,7 @@ from pipeline import tiny
 from pipeline.config import nearest
 from pipeline.errors import UserError
 from pipeline.images import MAX_PIXELS
-from pipeline.machine import Machine
+from pipeline.machine import Machine, keep_freed_memory
 from pipeline.vectors import Float32s, Uint8s
 
 log = logging.getLogger(__name__)
@@ -52,9 +50,6 @@ LENGTH_STEP = 4
 CACHED_WORDS = 1_000_000
 """Words whose tokens open_clip's tokenizer may remember before it starts anew: it never forgets one by itself."""
 DTYPE = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
-KEPT_BYTES = 256 << 20
 CPU_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
 
@@ -531,17 +526,6 @@ def folded(tower: Any, pixels_BCHW: torch.Tensor) -> Any:
                 setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's bring their activation
     same = torch.allclose(found(pixels_BCHW), tower(pixels_BCHW), rtol=1e-3, atol=1e-4)
     return found if same else tower
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep up to KEPT_BYTES that were freed, blocks of any smaller size included.
-
-    It would give the large ones back, and zero their pages anew for every layer: a quarter of the time of a
-    convolutional tower on a processor.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _tokenizer(weights: Weights) -> Any:

@@ -6,13 +6,20 @@ numerics class that a worker reports for itself (embed.py).
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config import load_yaml, validate
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+
+KEPT_BYTES = 256 << 20
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -87,3 +94,14 @@ def load_machine(path: str | None) -> Machine:
     if path is None:
         return Machine(threads=max(1, (os.cpu_count() or 1)))
     return validate(Machine, load_yaml(Path(path)), "machine")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep up to KEPT_BYTES that this process freed, blocks of any smaller size included.
+
+    It would give the large ones back, and zero their pages anew for every layer of a network and every block of rows: a
+    quarter of the time of a convolutional tower on a processor, and some 3% of an assignment to clusters.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

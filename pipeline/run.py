@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from pipeline.costs import Spent, Took, verdict
 from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Executor, Failure
-from pipeline.machine import Machine
+from pipeline.machine import Machine, keep_freed_memory
 from pipeline.parts import (
     PACKED,
     Committed,
@@ -209,6 +209,7 @@ class PartWorker:
     machine: Machine
 
     def open(self) -> Any:
+        keep_freed_memory()
         return _Bench(self).do
 
 

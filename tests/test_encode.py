@@ -28,13 +28,12 @@ from pipeline.encode import (
     batches,
     folded,
     in_halves,
-    keep_freed_memory,
     normalised,
     numerics,
     resolve,
 )
 from pipeline.errors import UserError
-from pipeline.machine import Machine
+from pipeline.machine import Machine, keep_freed_memory
 from tests import models
 
 CPU = Machine(device="cpu", precision="float32")

@@ -16,6 +16,7 @@ import numpy as np
 from jobs.benches.cores import Pairs, on_every_core
 from jobs.benches.measure import Row, paired, seconds
 from pipeline.kmeans import clusters_of, nearest, on_grid, partial_sums, recentre
+from pipeline.machine import keep_freed_memory
 from pipeline.products import has_bf16
 from pipeline.vectors import Float16s, Float32s, unit16
 
@@ -38,6 +39,7 @@ def measure(scratch: Path) -> Iterator[Row]:
 
 def rates(k: int, bf16: bool, work: Callable[..., object], number: int, cores: int) -> Pairs:
     """Rows per second of one core: ours, and of the product alone."""
+    keep_freed_memory()  # as a worker does
     vec_ND = families(ROWS // cores, number)
     centroid_KD = mean_of_some(vec_ND, k)
     some_ND = vec_ND[:10_000]

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jobs.benches.measure import Row, compare
 from pipeline.embed import framer
-from pipeline.encode import Encoder, Framing, keep_freed_memory, normalised, numerics, resolve
-from pipeline.machine import Machine
+from pipeline.encode import Encoder, Framing, normalised, numerics, resolve
+from pipeline.machine import Machine, keep_freed_memory
 from pipeline.sample import emoji_pairs, package_file
 from pipeline.vectors import row_cosine, unit16
 

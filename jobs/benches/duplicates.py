@@ -15,6 +15,7 @@ import torch
 
 from jobs.benches.cores import Pairs, on_every_core
 from jobs.benches.measure import Row, paired, seconds
+from pipeline.machine import keep_freed_memory
 from pipeline.products import has_bf16
 from pipeline.select.dedup import repeats
 from pipeline.vectors import Float16s, unit16
@@ -56,7 +57,8 @@ def rate(work: Callable[[Float16s], object], clusters: list[Float16s]) -> float:
 
 
 def clusters_of(number: int, cores: int) -> list[Float16s]:
-    """Every cluster of so many that falls to one core."""
+    """Every cluster of so many that falls to one core, whose process keeps freed memory as a worker does."""
+    keep_freed_memory()
     return [cluster(seed, ROWS // CLUSTERS) for seed in range(number, CLUSTERS, cores)]
 
 
