@@ -1,6 +1,7 @@
 """Training spherical k-means, against `faiss.Kmeans` as its users call it: same rows, seed, iterations and threads.
 
-The lowest ratio of the objectives, the mean cosine of all rows to their nearest centroid, stands in the row's name.
+As many iterations, and fewer, each with its time and its objective: the mean cosine of all rows to their nearest
+centroid.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from pipeline.kmeans import nearest, on_grid, train
 from pipeline.vectors import Float16s, Float32s
 
 ROWS, DIMS, ITERATIONS = 200_000, 512, 10
+TARGETS = {ITERATIONS: (2.0, 0.9995), 6: (3.0, 0.997)}
+"""By our iterations: how many times as fast, at which part of the objective."""
+
 RUNS = {500: 3, 4000: 1}
 """Pairs by number of clusters: a minute or two each at 4000."""
 
@@ -30,10 +34,9 @@ def measure(scratch: Path) -> Iterator[Row]:
     faiss.omp_set_num_threads(threads)
     train(vec_ND[:50_000], 500, 2, 0, threads)  # loads what is loaded once, torch too
     for k, runs in RUNS.items():
-        pairs, quality = [], 2.0
+        speeds: dict[int, list[tuple[float, float]]] = {ours: [] for ours in TARGETS}
+        objectives: dict[int, list[tuple[float, float]]] = {ours: [] for ours in TARGETS}
         for run in range(runs):
-            ours: list[Float32s] = []
-            own_s = seconds(lambda: ours.append(train(vec_ND, k, ITERATIONS, run, threads)[0]))  # noqa: B023
             kmeans = faiss.Kmeans(
                 *(DIMS, k),
                 niter=ITERATIONS,
@@ -44,11 +47,16 @@ def measure(scratch: Path) -> Iterator[Row]:
             )
             other_s = seconds(lambda: kmeans.train(unit_ND))  # noqa: B023
             theirs = objective(vec_ND, on_grid(np.asarray(kmeans.centroids)))
-            quality = min(quality, objective(vec_ND, ours[0]) / theirs)
-            pairs.append((ROWS * ITERATIONS / own_s, ROWS * ITERATIONS / other_s))
-        name = f"k-means, {ROWS:,} x {DIMS}, k = {k}, {ITERATIONS} iterations, at {quality:.4f} of the objective"
-        target = 2.0 if quality >= 0.9995 else 3.0
-        yield paired(name, "faiss.Kmeans", target, "rows x iterations/s", pairs)
+            for ours in TARGETS:
+                found: list[Float32s] = []
+                own_s = seconds(lambda: found.append(train(vec_ND, k, ours, run, threads)[0]))  # noqa: B023
+                speeds[ours].append((3600 / own_s, 3600 / other_s))
+                objectives[ours].append((objective(vec_ND, found[0]), theirs))
+        for ours, (times, part) in TARGETS.items():
+            name = f"k-means, {ROWS:,} x {DIMS}, k = {k}, {ours} iterations"
+            against = f"faiss.Kmeans, {ITERATIONS} iterations"
+            yield paired(name, against, times, "trainings/h", speeds[ours])
+            yield paired(f"objective of {name}", against, part, "mean cosine", objectives[ours])
 
 
 def objective(vec_ND: Float16s, centroid_KD: Float32s) -> float:
