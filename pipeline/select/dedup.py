@@ -160,12 +160,14 @@ def greedy(
 def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
     """Put neighbouring clusters into buckets of at most `max_rows` rows; a larger cluster has a bucket of its own.
 
+    The buckets with the most pairs to compare come first, so that no worker begins one when the others are done.
+
     Args:
         size_K: int64, shape (K,): rows of each cluster.
         max_rows: at least 1.
 
     Returns:
-        int32, shape (K,): bucket of each cluster, from 0, without gaps, not descending.
+        int32, shape (K,): bucket of each cluster, from 0, without gaps.
     """
     bucket_K = np.zeros(len(size_K), np.int32)
     bucket, rows = 0, 0
@@ -174,7 +176,10 @@ def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
             bucket, rows = bucket + 1, 0
         bucket_K[cluster] = bucket
         rows += size
-    return bucket_K
+    order_U = np.argsort(-np.bincount(bucket_K, size_K.astype(np.float64) ** 2), kind="stable")
+    place_U = np.empty(len(order_U), np.int32)
+    place_U[order_U] = np.arange(len(order_U))
+    return place_U[bucket_K]
 
 
 def _block(vec_ND: VecRows, row_B: NDArray[np.int64], bf16: bool) -> _Block:
@@ -327,7 +332,7 @@ class Buckets:
     rows: int
 
     name: ClassVar[str] = "dedup_buckets"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("buckets",)
     exact: ClassVar[bool] = True
 
@@ -336,7 +341,7 @@ class Buckets:
 
     def buckets(self, sizes: Rows) -> Made:
         bucket_K = bucketise(sums_of(sizes, self.k)[0], self.rows)
-        return Made({"buckets": pa.table({"bucket": pa.array(bucket_K)})}, {"buckets": int(bucket_K[-1]) + 1})
+        return Made({"buckets": pa.table({"bucket": pa.array(bucket_K)})}, {"buckets": int(bucket_K.max()) + 1})
 
 
 @dataclass(frozen=True)

@@ -160,17 +160,24 @@ def test_no_rows_and_one_row():
 
 def test_buckets_worked_by_hand():
     bucket_K = dedup.bucketise(np.array([3, 4, 0, 3, 20, 0, 1, 9, 10]), 10)
-    assert (bucket_K.tolist(), bucket_K.dtype) == ([0, 0, 0, 0, 1, 1, 2, 2, 3], np.int32)
+    # Pairs: 34, 400, 82 and 100; the most come first.
+    assert (bucket_K.tolist(), bucket_K.dtype) == ([3, 3, 3, 3, 0, 0, 2, 2, 1], np.int32)
     assert dedup.bucketise(np.zeros(0, np.int64), 10).tolist() == []
 
 
 @given(st.lists(st.integers(0, 30), max_size=30), st.integers(1, 40))
 def test_no_bucket_is_too_large_unless_one_cluster_is_and_none_is_left_out(sizes, max_rows):
     bucket_K = dedup.bucketise(np.array(sizes, np.int64), max_rows)
-    assert set(np.diff(bucket_K, prepend=0).tolist()) <= {0, 1}
-    for bucket in set(bucket_K.tolist()):
+    assert set(bucket_K.tolist()) == set(range(max(bucket_K, default=-1) + 1))
+    assert len(set(bucket_K.tolist())) == 1 + np.count_nonzero(np.diff(bucket_K)) or not sizes, (
+        "neighbours stay together"
+    )
+    pairs = []
+    for bucket in range(max(bucket_K, default=-1) + 1):
         held = [size for size, b in zip(sizes, bucket_K, strict=True) if b == bucket and size]
         assert sum(held) <= max_rows or len(held) == 1
+        pairs.append(sum(size**2 for size in held))
+    assert pairs == sorted(pairs, reverse=True)
 
 
 def test_rows_of_one_hash_that_differ_are_no_copies():
