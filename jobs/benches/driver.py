@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -59,11 +58,18 @@ def rss_bytes() -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process found: of each stage; and by how much a larger one's peak is higher, for each more unit."""
+    """What one process found.
+
+    Attributes:
+        costs_ms: of a unit, in each stage.
+        peak_bytes: by which a larger stage's peak is higher, for each more unit.
+        growth_bytes: of the process, for each unit and stage.
+        found_s: of each stage that is there.
+    """
 
     costs_ms: list[float]
     peak_bytes: float
-    growth_bytes: list[float]
+    growth_bytes: float
     found_s: list[float]
 
 
@@ -77,7 +83,7 @@ def measure(scratch: Path) -> Iterator[Row]:
         f"driver: {UNITS:,} units of next to nothing, 2 Ray workers, store in memory", 3, "ms a unit", found.costs_ms
     )
     yield within("driver: its memory at the peak of a stage", 1500, "bytes a unit", [found.peak_bytes])
-    yield within("driver: its memory for each stage whose dataset is in use", 300, "bytes a unit", found.growth_bytes)
+    yield within("driver: its memory for each stage whose dataset is in use", 300, "bytes a unit", [found.growth_bytes])
     yield within(f"driver: {UNITS:,} finished units found again", 5, "s", found.found_s)
 
 
@@ -96,14 +102,13 @@ def measured(folder: Path) -> Measured:
         for salt, dataset in ((-1, many), (-2, more)):  # what a first stage loads and Arrow's pool keeps is of both
             run().map(Number(salt), dataset)
             peaks.append(peak_rss_bytes())
-        costs_ms, kept, rss = [], [], [rss_bytes()]
+        costs_ms, kept, before = [], [], rss_bytes()
         for salt in range(1, RUNS + 1):
             started = time.perf_counter()
             kept.append(run().map(Number(salt), many))
             costs_ms.append(1e3 * (time.perf_counter() - started) / UNITS)
-            rss.append(rss_bytes())
+        held = rss_bytes()
         found_s = [seconds(partial(run().map, Number(salt), many)) for salt in range(1, RUNS + 1)]
     finally:
         executor.close()
-    peak_bytes = (peaks[1] - peaks[0]) / UNITS
-    return Measured(costs_ms, peak_bytes, [(after - before) / UNITS for before, after in pairwise(rss)], found_s)
+    return Measured(costs_ms, (peaks[1] - peaks[0]) / UNITS, (held - before) / UNITS / RUNS, found_s)

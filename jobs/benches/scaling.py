@@ -46,7 +46,7 @@ PRODUCTS, COPIES, WRITES = 160, 3, 4
 """Products, copies of the pool and writes of what it keeps that are timed as one."""
 
 SHARDS, WARM, IMAGES, IMAGE_PX = 28, 4, 100, 256
-VECTOR_SHARDS, ROWS, DIMS = 128, 2000, 256
+VECTOR_SHARDS, ROWS, DIMS = 128, 4000, 256
 GROUP_UNITS = 4
 """Units of a group: a small pool in as many tasks as a large one."""
 
