@@ -35,7 +35,7 @@ from pipeline import tiny
 from pipeline.config import nearest
 from pipeline.errors import UserError
 from pipeline.images import MAX_PIXELS
-from pipeline.machine import Machine, keep_freed_memory
+from pipeline.machine import Machine, bf16_flags, keep_freed_memory
 from pipeline.vectors import Float32s, Uint8s
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,6 @@ LENGTH_STEP = 4
 CACHED_WORDS = 1_000_000
 """Words whose tokens open_clip's tokenizer may remember before it starts anew: it never forgets one by itself."""
 DTYPE = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
 
 T = TypeVar("T")
 
@@ -177,20 +175,11 @@ def numerics(machine: Machine) -> Numerics:
         return Numerics("cuda", best if machine.precision == "auto" else machine.precision, kind)
     if machine.precision == "fp16":
         raise UserError("machine.precision: fp16 needs a GPU; a processor has bf16 or float32")
-    fast = sorted(CPU_BF16 & _cpu_flags())
+    fast = bf16_flags()
     version = torch.__version__.split("+")[0]  # of the CUDA build a processor takes no notice
     kind = " ".join(["cpu", torch.backends.cpu.get_cpu_capability().lower(), *fast, "torch", version])
     best = "bf16" if fast else "float32"
     return Numerics("cpu", best if machine.precision == "auto" else machine.precision, kind)
-
-
-def _cpu_flags() -> set[str]:
-    """Features of the processor as Linux names them; elsewhere none are known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
 
 
 @dataclass(frozen=True)

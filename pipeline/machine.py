@@ -7,6 +7,7 @@ numerics class that a worker reports for itself (embed.py).
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
 KEPT_BYTES = 256 << 20
+
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -94,6 +98,17 @@ def load_machine(path: str | None) -> Machine:
     if path is None:
         return Machine(threads=max(1, (os.cpu_count() or 1)))
     return validate(Machine, load_yaml(Path(path)), "machine")
+
+
+@functools.cache
+def bf16_flags() -> tuple[str, ...]:
+    """Those of this processor's features that are in BF16_FLAGS, sorted; none are known but on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return tuple(sorted(flags & BF16_FLAGS))
 
 
 def keep_freed_memory() -> None:

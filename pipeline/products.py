@@ -6,25 +6,21 @@ how many remain, never what is found. A processor that multiplies bfloat16 does 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.machine import bf16_flags
 from pipeline.vectors import DOT_ROWS, Float16s, Float32s, Float64s, widened
 
 if TYPE_CHECKING:
     import torch
-
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
 
 BF16_WORK = 2**33
 """Multiplications below which it does not pay to import torch, which takes a second or two."""
@@ -59,19 +55,9 @@ class Operand:
         return Operand(self.vec[rows], self.norm[rows], low, self.lost[rows])
 
 
-@functools.cache
-def has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & BF16_FLAGS)
-
-
 def pays(work: int) -> bool:
     """Whether bfloat16 is worth its import for so many multiplications."""
-    return work >= BF16_WORK and has_bf16()
+    return work >= BF16_WORK and bool(bf16_flags())
 
 
 @contextmanager

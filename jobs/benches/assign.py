@@ -16,8 +16,7 @@ import numpy as np
 from jobs.benches.cores import Pairs, on_every_core
 from jobs.benches.measure import Row, paired, seconds
 from pipeline.kmeans import clusters_of, nearest, on_grid, partial_sums, recentre
-from pipeline.machine import keep_freed_memory
-from pipeline.products import has_bf16
+from pipeline.machine import bf16_flags, keep_freed_memory
 from pipeline.vectors import Float16s, Float32s, unit16
 
 ROWS, DIMS = 200_000, 512
@@ -30,7 +29,7 @@ GEMM_ROWS = 4096
 def measure(scratch: Path) -> Iterator[Row]:
     """Rows of bench.json."""
     for k in CLUSTERS:
-        for bf16 in (False, True) if has_bf16() else (False,):
+        for bf16 in (False, True) if bf16_flags() else (False,):
             name = f"assign {ROWS:,} x {DIMS} to {k} centroids, {'bfloat16' if bf16 else 'float32'} first"
             for work, what in ((clusters_of, "labels"), (nearest, "labels and distances")):
                 pairs = on_every_core(partial(rates, k, bf16, work))

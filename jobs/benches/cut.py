@@ -1,7 +1,8 @@
 """An exact global cut of scores that lie in many parts, against polars' streaming quantile and filter.
 
-Both read the same parquet files and write the kept rows. The quantile keeps every row at its value or above, so its
-count is off by the ties; the cut takes exactly what is asked for, ties by uid. Each run has a process of its own.
+Both read the same parquet files with polars, which decodes no uid of a row whose score is too low, and write the kept
+rows; ours counts scores beforehand, and decides each row itself. The quantile keeps every row at its value or above, so
+its count is off by the ties; the cut takes exactly what is asked for, ties by uid. Each run has a process of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MOST_BYTES = 10**9
 SORTED_ROWS = 1 << 16
 """Undecided rows that are sorted; to count the scores once more takes half as long as to sort the million left."""
 COLUMNS = ["score", "uid_high", "uid_low"]
-ROW_N = np.arange(PART_ROWS, dtype=np.uint32)
+ROW_N = np.arange(PART_ROWS, dtype=np.uint32)  # made once, not for each pass over each part
 
 
 def measure(scratch: Path) -> Iterator[Row]:
@@ -115,7 +116,7 @@ def scored(folder: Path, unit: int, least: float, most: float) -> tuple[pl.DataF
 
 def score_range(cut: Cut) -> tuple[float, float]:
     """The lowest and highest score that the known digits of the last taken key leave."""
-    first = int.from_bytes(cut.prefix_KL[0, : cut.value_digits].astype(">u2").tobytes())
+    first = int.from_bytes(cut.prefix_KL[0, : cut.value_digits].astype(">u2").tobytes(), "big")
     unknown = max(0, cut.value_digits - int(cut.depth_K[0]))
     last = first | (1 << exact.DIGIT_BITS * unknown) - 1
     most, least = from_ordered_bits(~np.array([first, last], np.uint32)).tolist()

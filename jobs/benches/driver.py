@@ -82,7 +82,7 @@ def measure(scratch: Path) -> Iterator[Row]:
     yield within(
         f"driver: {UNITS:,} units of next to nothing, 2 Ray workers, store in memory", 3, "ms a unit", found.costs_ms
     )
-    yield within("driver: its memory at the peak of a stage", 1500, "bytes a unit", [found.peak_bytes])
+    yield within("driver: its memory at the peak of a stage", 1000, "bytes a unit", [found.peak_bytes])
     yield within("driver: its memory for each stage whose dataset is in use", 300, "bytes a unit", [found.growth_bytes])
     yield within(f"driver: {UNITS:,} finished units found again", 5, "s", found.found_s)
 

@@ -15,22 +15,21 @@ import torch
 
 from jobs.benches.cores import Pairs, on_every_core
 from jobs.benches.measure import Row, paired, seconds
-from pipeline.machine import keep_freed_memory
-from pipeline.products import has_bf16
+from pipeline.machine import bf16_flags, keep_freed_memory
 from pipeline.select.dedup import repeats
 from pipeline.vectors import Float16s, unit16
 
 ROWS, DIMS, CLUSTERS = 100_000, 512, 12
 COPIES = 0.2  # of the rows: another row of their cluster, changed to a cosine of 0.9 to 1
 PAIRS, PEER_PAIRS = 5, 3
-BEST = str(torch.bfloat16 if has_bf16() else torch.float32)
+BEST = torch.bfloat16 if bf16_flags() else torch.float32
 GEMM_ROWS = 4096
 
 
 def measure(scratch: Path) -> Iterator[Row]:
     """Rows of bench.json."""
     name = f"duplicates in {CLUSTERS} clusters of {ROWS // CLUSTERS:,} x {DIMS}"
-    best = BEST.removeprefix("torch.")
+    best = str(BEST).removeprefix("torch.")
     yield paired(name, f"the triangle's product in {best}", 0.7, "cosines/s", on_every_core(beside_the_product))
     yield paired(name, "SemDeDup's dense form (torch, float32)", 1.5, "cosines/s", on_every_core(beside_the_dense_form))
 
@@ -40,7 +39,7 @@ def beside_the_product(number: int, cores: int) -> Pairs:
     clusters = clusters_of(number, cores)
     pairs = []
     for _ in range(PAIRS):
-        limit = gemm_rate(torch.bfloat16 if has_bf16() else torch.float32) / (2 * DIMS)
+        limit = gemm_rate(BEST) / (2 * DIMS)
         pairs.append((rate(repeats, clusters), limit))
     return pairs
 

@@ -176,10 +176,8 @@ def bucketise(size_K: NDArray[np.int64], max_rows: int) -> NDArray[np.int32]:
             bucket, rows = bucket + 1, 0
         bucket_K[cluster] = bucket
         rows += size
-    order_U = np.argsort(-np.bincount(bucket_K, size_K.astype(np.float64) ** 2), kind="stable")
-    place_U = np.empty(len(order_U), np.int32)
-    place_U[order_U] = np.arange(len(order_U))
-    return place_U[bucket_K]
+    most_first_U = np.argsort(-np.bincount(bucket_K, size_K.astype(np.float64) ** 2), kind="stable")
+    return np.argsort(most_first_U).astype(np.int32)[bucket_K]
 
 
 def _block(vec_ND: VecRows, row_B: NDArray[np.int64], bf16: bool) -> _Block:
