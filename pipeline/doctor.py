@@ -19,7 +19,7 @@ SAFE = {"ray": "2.56", "pyarrow": "24", "pillow": "12.3", "torch": "2.6"}
 """Package -> first version without a known hole that input can reach (CVE-2026-57516 and others of Ray, CVE-2026-25087
 of Arrow, CVE-2026-55798 of Pillow, and torch.load before 2.6)."""
 
-NEEDED = ("numpy", "open_clip_torch", "fsspec", "polars", "pydantic", "safetensors", "webdataset")
+NEEDED = ("numpy", "open_clip_torch", "fsspec", "polars", "pydantic", "safetensors", "simplejpeg", "webdataset")
 EXTRAS = {
     "s3fs": "S3 needs pip install 'pairsieve[s3]'",
     "gcsfs": "GCS needs pip install 'pairsieve[gcs]'",
@@ -51,7 +51,7 @@ class Facts:
         device, precision, kind: what forward passes are computed with; `kind` names processor or GPU.
         refused: why the machine file cannot be honoured, or None.
         faiss_gpu: whether the FAISS that is imported has its GPU part.
-        fast_jpeg: whether Pillow decodes with libjpeg-turbo.
+        fast_jpeg: whether Pillow decodes with libjpeg-turbo, as simplejpeg always does.
         raqm: whether Pillow can lay out emoji (libraqm with libfribidi).
         cores: of this process.
     """
@@ -125,7 +125,9 @@ def findings(facts: Facts, machine: Machine) -> Iterator[Finding]:
     yield Finding("warning" if on_gpu else "ok", "faiss", f"{faiss}, {detail} build{hint}")
     yield Finding("ok", "threads", f"{machine.threads} of one worker; {facts.cores} cores")
     if not facts.fast_jpeg:
-        yield Finding("warning", "jpeg", "Pillow without libjpeg-turbo decodes several times slower")
+        yield Finding(
+            "warning", "jpeg", "Pillow without libjpeg-turbo decodes grey and CMYK JPEGs several times slower"
+        )
     if not facts.raqm:
         yield Finding("warning", "raqm", "libfribidi is missing: `pairsieve sample` draws no joined emoji")
 

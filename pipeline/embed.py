@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipeline.arrow import fixed, valid
 from pipeline.encode import Encoder, Framing, Numerics, Weights, numerics, resolve
-from pipeline.images import Undecodable, decode
+from pipeline.images import Undecodable, decode_rgb, size_px
 from pipeline.machine import Machine
 from pipeline.pool import FORMATS
 from pipeline.schema import embeddings
@@ -199,13 +199,14 @@ def framer(framings: Sequence[Framing], fast: bool) -> Callable[[bytes | None], 
     def frame(stored: bytes | None) -> Framed:
         if stored is None:
             return Undecodable("missing_image", "")
-        image = decode(stored, at_least_px)
+        image = decode_rgb(stored, at_least_px)
         if isinstance(image, Undecodable):
             return image
         try:
             return tuple(step(image) for step in steps)
         except (ValueError, OSError, MemoryError) as error:
-            return Undecodable("unreadable_image", f"{image.width} x {image.height} px: {error}"[:200])
+            width, height = size_px(image)
+            return Undecodable("unreadable_image", f"{width} x {height} px: {error}"[:200])
 
     return frame
 

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import open_clip
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import download_pretrained_from_hf
@@ -28,13 +27,12 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.functional import interpolate
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.dlpack import from_dlpack
 from torchvision.transforms import Resize
 
 from pipeline import tiny
 from pipeline.config import nearest
 from pipeline.errors import UserError
-from pipeline.images import MAX_PIXELS
+from pipeline.images import MAX_PIXELS, Decoded, size_px
 from pipeline.machine import Machine, bf16_flags, keep_freed_memory
 from pipeline.vectors import Float32s, Uint8s
 
@@ -198,14 +196,15 @@ class Framing:
     resize_mode: str
     fill_color: int
 
-    def build(self) -> Callable[[Image.Image], Uint8s]:
+    def build(self) -> Callable[[Decoded], Uint8s]:
         """open_clip's own transform but for its last two steps (to tensor, normalise).
 
         An RGB image is resized by torch, six times as fast as by Pillow; levels differ by at most 1, in few pixels.
 
         Returns:
-            A function from an image of any mode to uint8, shape (height, width, 3); safe in threads. It raises
-            ValueError for an image so thin that nothing of it is left.
+            A function from an image of any mode, or from the levels of an RGB one (uint8, shape (H, W, 3)), to uint8,
+            shape (height, width, 3); safe in threads. It raises ValueError for an image so thin that nothing of it is
+            left.
         """
         transform = image_transform_v2(
             PreprocessCfg(
@@ -218,11 +217,16 @@ class Framing:
         )
         resize, *steps = transform.transforms[:-2]
 
-        def frame(image: Image.Image) -> Uint8s:
+        def frame(image: Decoded) -> Uint8s:
             if self.resize_mode == "shortest":
                 image = _shortened(image, max(self.size))
-            if image.mode == "RGB" and isinstance(resize, Resize):
-                return _resized(image, resize, steps[:-1])
+            if isinstance(resize, Resize):
+                if isinstance(image, Image.Image) and image.mode == "RGB":
+                    image = np.array(image)
+                if isinstance(image, np.ndarray):
+                    return _resized(image, resize, steps[:-1])
+            elif isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
             if isinstance(image.info.get("transparency"), bytes):
                 del image.info["transparency"]  # Pillow would only remark that RGB cannot hold it
             for step in (resize, *steps):
@@ -232,14 +236,16 @@ class Framing:
         return frame
 
 
-def _resized(image: Image.Image, resize: Resize, crops: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Uint8s:
-    """What `resize` and then `crops` make of an RGB image."""
-    size = _resized_px(image.height, image.width, resize.size)
+def _resized(levels_HWC: Uint8s, resize: Resize, crops: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Uint8s:
+    """What `resize` and then `crops` make of an RGB image's levels, in memory of its own."""
+    height, width, _ = levels_HWC.shape
+    size = _resized_px(height, width, resize.size)
+    pixels = torch.from_numpy(levels_HWC)[None].permute(0, 3, 1, 2)
     # torchvision's own function comes to this call, by way of checks that take a sixth of the time of a small image.
-    pixels = interpolate(_pixels(image), size, mode=resize.interpolation.value, align_corners=False, antialias=True)[0]
+    pixels = interpolate(pixels, size, mode=resize.interpolation.value, align_corners=False, antialias=True)[0]
     for crop in crops:
         pixels = crop(pixels)
-    return _rgb(pixels.permute(1, 2, 0))
+    return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def _resized_px(height: int, width: int, size: int | Sequence[int]) -> list[int]:
@@ -250,36 +256,15 @@ def _resized_px(height: int, width: int, size: int | Sequence[int]) -> list[int]
     return [int(size * height / short), int(size * width / short)]
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB image: uint8, shape (1, C, height, width), channels last in memory.
-
-    C is 4, of which the last says nothing, where Pillow lends its memory; or 3, in a copy, where an image is so large
-    (16 MB) that it lies in several blocks.
-    """
-    try:
-        levels = from_dlpack(pa.array(image).values)
-    except ValueError:
-        levels = torch.from_numpy(np.array(image))
-    return levels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2)
-
-
-def _rgb(frame_HWC: torch.Tensor) -> Uint8s:
-    """The first three channels, in memory of their own. Pillow drops a fourth four times as fast as torch or numpy."""
-    height, width, channels = frame_HWC.shape
-    if channels == 3:
-        return frame_HWC.numpy()
-    padded = Image.frombuffer("RGBX", (width, height), frame_HWC.contiguous().numpy(), "raw", "RGBX", 0, 1)
-    return np.frombuffer(padded.tobytes("raw", "RGB"), np.uint8).reshape(height, width, 3)
-
-
-def _shortened(image: Image.Image, side: int) -> Image.Image:
+def _shortened(image: Decoded, side: int) -> Decoded:
     """The middle of an image whose shorter side cannot be scaled to `side` px within MAX_PIXELS; any other as it is."""
-    width, height = image.size
+    width, height = size_px(image)
     short = min(width, height)
     if max(width, height) * side * side <= MAX_PIXELS * short:
         return image
     left, top = max(0, (width - 4 * short) // 2), max(0, (height - 4 * short) // 2)
-    return image.crop((left, top, min(width, left + 4 * short), min(height, top + 4 * short)))
+    right, bottom = min(width, left + 4 * short), min(height, top + 4 * short)
+    return image.crop((left, top, right, bottom)) if isinstance(image, Image.Image) else image[top:bottom, left:right]
 
 
 def described(arch: str) -> tuple[Framing, int]:

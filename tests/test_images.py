@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,16 +26,23 @@ from pipeline.images import (
     MAX_PIXELS,
     MAX_SCAN_PIXELS,
     MIN_SCAN_BYTES,
+    Decoded,
     Undecodable,
     decode,
+    decode_rgb,
     header_px,
     scan_count,
+    size_px,
 )
 from tests.corpus_samples import black_png, chunk, jpeg_with_size, picture, png, scan_bomb, stored
 
 GOOD = {
     "jpeg": stored(picture(40, 30), "JPEG"),
     "progressive jpeg": stored(picture(40, 30), "JPEG", progressive=True),
+    "jpeg of all its chroma": stored(picture(40, 30), "JPEG", subsampling=0),
+    "jpeg of half its chroma": stored(picture(40, 30), "JPEG", subsampling=1),
+    "jpeg that stores rgb": stored(picture(40, 30), "JPEG", subsampling=0, keep_rgb=True),
+    "jpeg with restarts": stored(picture(40, 30), "JPEG", restart_marker_blocks=2),
     "grey jpeg": stored(picture(40, 30, "L"), "JPEG"),
     "cmyk jpeg": stored(picture(40, 30, "CMYK"), "JPEG"),
     "png": stored(picture(40, 30), "PNG"),
@@ -60,6 +68,26 @@ def test_a_good_image_decodes_to_the_pixels_that_pillow_gives(name: str) -> None
     assert image.size == (40, 30)
     assert image.mode == reference.mode
     assert np.array_equal(np.asarray(image), np.asarray(reference))
+    assert_same(decode_rgb(GOOD[name]), image)
+
+
+def assert_same(found: Decoded | Undecodable, expected: Image.Image | Undecodable) -> None:
+    """What decode_rgb found is what decode did: the same problem, or the same pixels."""
+    if isinstance(found, Undecodable) or isinstance(expected, Undecodable):
+        assert found == expected
+        return
+    mode = "RGB" if isinstance(found, np.ndarray) else found.mode
+    assert (mode, size_px(found)) == (expected.mode, expected.size)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_levels_without_an_image_are_those_of_rgb_jpegs(name: str) -> None:
+    rgb_jpeg = "jpeg" in name and name not in ("grey jpeg", "cmyk jpeg")
+    found = decode_rgb(GOOD[name])
+    assert isinstance(found, np.ndarray) == rgb_jpeg
+    if isinstance(found, np.ndarray):
+        assert (found.shape, found.dtype, found.flags.writeable) == ((30, 40, 3), np.uint8, True)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -73,6 +101,7 @@ def test_extreme_shapes_decode(size: tuple[int, int]) -> None:
     image = decode(data)
     assert isinstance(image, Image.Image)
     assert image.size == size == header_px(data)
+    assert_same(decode_rgb(data), image)
 
 
 TOO_LARGE = {
@@ -88,11 +117,14 @@ TOO_LARGE = {
 
 
 @pytest.mark.goal("S-g")
+@pytest.mark.parametrize("decoder", [decode, decode_rgb])
 @pytest.mark.parametrize("name", TOO_LARGE)
-def test_a_bomb_is_too_large_within_a_second_and_a_gibibyte(name: str) -> None:
+def test_a_bomb_is_too_large_within_a_second_and_a_gibibyte(
+    name: str, decoder: Callable[[bytes], Decoded | Undecodable]
+) -> None:
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
-    found = decode(TOO_LARGE[name])
+    found = decoder(TOO_LARGE[name])
     assert isinstance(found, Undecodable)
     assert found.reason == "image_too_large"
     assert time.process_time() - start < 1
@@ -150,6 +182,7 @@ def test_damaged_or_foreign_bytes_are_unreadable(name: str) -> None:
     assert isinstance(found, Undecodable)
     assert found.reason == "unreadable_image"
     assert found.detail and "\n" not in found.detail
+    assert decode_rgb(UNREADABLE[name]) == found
 
 
 def test_the_header_of_no_image_is_none() -> None:
@@ -184,17 +217,30 @@ def test_no_byte_flip_or_cut_ever_raises() -> None:
                 if damaged:
                     damaged[draw.randrange(len(damaged))] = draw.randrange(256)
             header_px(bytes(damaged))
-            assert isinstance(decode(bytes(damaged)), Image.Image | Undecodable)
+            found = decode(bytes(damaged))
+            assert isinstance(found, Image.Image | Undecodable)
+            assert_same(decode_rgb(bytes(damaged)), found)
 
 
-def test_threads_decode_the_same() -> None:
+def test_a_fault_that_pillow_reads_over_is_read_over() -> None:
+    """libjpeg warns of each of these; simplejpeg refuses them, so Pillow's pixels count."""
+    data = GOOD["jpeg"]
+    for at in (data.index(b"\xff\xdb"), len(data) - 2):
+        damaged = data[:at] + bytes(9) + data[at:]
+        found = decode(damaged)
+        assert isinstance(found, Image.Image)
+        assert isinstance(decode_rgb(damaged), Image.Image)
+        assert_same(decode_rgb(damaged), found)
+
+
+@pytest.mark.parametrize("decoder", [decode, decode_rgb])
+def test_threads_decode_the_same(decoder: Callable[[bytes], Decoded | Undecodable]) -> None:
     images = list(GOOD.values()) * 8
     with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(decode, images))
+        together = list(threads.map(decoder, images))
     for data, image in zip(images, together, strict=True):
-        alone = decode(data)
-        assert isinstance(image, Image.Image) and isinstance(alone, Image.Image)
-        assert np.array_equal(np.asarray(image), np.asarray(alone))
+        assert not isinstance(image, Undecodable)
+        assert_same(image, decode(data))
 
 
 def test_a_scaled_decode_keeps_the_sides_asked_for() -> None:
@@ -207,5 +253,7 @@ def test_a_scaled_decode_keeps_the_sides_asked_for() -> None:
         100: (225, 125),
         32: (113, 63),
     }
+    for px, image in sizes.items():
+        assert_same(decode_rgb(data, at_least_px=px), image)
     png_image = decode(stored(picture(900, 500), "PNG"), at_least_px=32)
     assert isinstance(png_image, Image.Image) and png_image.size == (900, 500)
