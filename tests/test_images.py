@@ -254,6 +254,8 @@ def test_a_scaled_decode_keeps_the_sides_asked_for() -> None:
         32: (113, 63),
     }
     for px, image in sizes.items():
-        assert_same(decode_rgb(data, at_least_px=px), image)
+        levels = decode_rgb(data, at_least_px=px)
+        assert isinstance(levels, np.ndarray)
+        assert_same(levels, image)
     png_image = decode(stored(picture(900, 500), "PNG"), at_least_px=32)
     assert isinstance(png_image, Image.Image) and png_image.size == (900, 500)
