@@ -48,6 +48,8 @@ def run(
     directory, kept_in = Root(where, here.storage_options), Root(store or f"{where}/store", here.storage_options)
     if retry_failed:
         check_unfinished(directory, kept_in)
+    make_folder(directory, f"--run {where}")
+    make_folder(kept_in, f"--store {store}")
     workers = executor_of(executor, here)
     try:
         with leased(kept_in, directory):
@@ -65,6 +67,20 @@ def executor_of(name: str, machine: Machine) -> Executor:
     from pipeline.ray_executor import RayExecutor
 
     return RayExecutor(machine)
+
+
+def make_folder(root: Root, named: str) -> None:
+    """Make a folder on this machine's disk; an object store has none.
+
+    Raises:
+        UserError: it cannot be made, or is a file.
+    """
+    folder = root.local("")
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{named}: no folder, and none can be made: {error.strerror}") from None
 
 
 def check_unfinished(directory: Root, store: Root) -> None:

@@ -36,6 +36,13 @@ class _NoAlias(yaml.SafeLoader):
             raise yaml.YAMLError("anchors and aliases (& and *) are not allowed")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            raise yaml.YAMLError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
+        return mapping
+
 
 _NoAlias.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -130,8 +137,11 @@ def validate(kind: type[T], value: Any, where: str) -> T:
 
 def first_fault(error: ValidationError, where: str) -> str:
     """The first fault that pydantic found, as one line with the dotted path of its key."""
-    fault = error.errors(include_url=False)[0]
-    keys = [str(p) for p in fault["loc"] if p not in ("int", "float", "str", "bool")]  # members of a union are no keys
+    faults = error.errors(include_url=False)
+    # Of what may be a whole number or a fraction, the message for a fraction asks for "a number".
+    fault = next((f for f in faults if f["loc"] == (*faults[0]["loc"][:-1], "float")), faults[0])
+    # Members of a union are no keys.
+    keys = [str(p) for p in fault["loc"] if p not in ("int", "float", "str", "bool", "constrained-int")]
     path = ".".join([where, *keys])
     if fault["type"] in ("missing", "missing_argument"):
         return f"{path}: required, but missing"

@@ -22,7 +22,7 @@ from pipeline.bloom import may_hold
 from pipeline.decide import READ
 from pipeline.errors import UserError
 from pipeline.recipe import Rule
-from pipeline.record import Record, Unreadable, load_record, parts_of, receipts_of, rows_of
+from pipeline.record import Record, Unreadable, decisions_of, load_record, receipts_of, rows_of
 from pipeline.run import Receipt
 from pipeline.select.cut import Cut
 from pipeline.select.dedup import Dedup
@@ -84,7 +84,7 @@ def explain(directory: Root, store: Root, uid: str) -> list[Explained]:
     record = load_record(directory)
     found = []
     first = 0
-    for path in parts_of(directory, "decisions"):
+    for path in decisions_of(directory):
         rows, count = rows_of_uid(directory, path, uid)
         for at, row in rows:
             read = _as_read(store, record, first + at)

@@ -24,7 +24,7 @@ from pipeline.executor import Failure, attempt
 from pipeline.images import Undecodable, decode
 from pipeline.machine import Machine
 from pipeline.pool import FORMATS, Pool, list_units
-from pipeline.record import batches, parts_of, rows_of
+from pipeline.record import batches, decisions_of, rows_of
 from pipeline.run import Receipt
 from pipeline.stage import Unit
 from pipeline.storage import Root, UnitFiles
@@ -80,7 +80,7 @@ def identify(
     found: dict[int, Identity] = {}
     rows_of_uid: dict[str, list[int]] = defaultdict(list)
     first = 0
-    for path in parts_of(directory, "decisions"):
+    for path in decisions_of(directory):
         for table in batches(directory, path, ["uid", "shard", "key"]):
             here = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(table))] - first
             twins = np.flatnonzero(pc.is_in(table.column("uid"), named)) if len(named) else np.zeros(0, np.int64)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.decide import READ
-from pipeline.record import batches, parts_of, rows_of
+from pipeline.record import batches, decisions_of, rows_of
 from pipeline.run import Receipt
 from pipeline.step import table_texts
 from pipeline.storage import Root
@@ -67,7 +67,7 @@ def told(directory: Root, store: Root, receipts: Sequence[Receipt]) -> Told:
         planted += table_texts(columns, "planted")
         original += table_texts(columns, "planted_of")
     names = ["uid", "key", "step", "duplicate_of"]
-    table = pa.concat_tables([b for path in parts_of(directory, "decisions") for b in batches(directory, path, names)])
+    table = pa.concat_tables([b for path in decisions_of(directory) for b in batches(directory, path, names)])
     return Told(planted, original, *(table.column(name).to_pylist() for name in names))
 
 

@@ -58,6 +58,8 @@ def list_units(pool: Pool, storage_options: dict[str, dict[str, Any]]) -> list[U
     """
     units: list[Unit] = []
     for item in [pool.path] if isinstance(pool.path, str) else pool.path:
+        if not item:
+            raise UserError("pool.path: empty")
         grouped = FORMATS[pool.format].group(_found(item, BESIDE.get(pool.format, ()), storage_options))
         if not grouped:
             raise UserError(f"pool.path: no {pool.format} shard found in {redacted(item)}")

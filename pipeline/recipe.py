@@ -140,6 +140,8 @@ class Recipe:
                     raise UserError(f"recipe.{where}.space: no model '{owner}'{nearest(owner, list(self.models))}")
                 if side not in ("", "text") or (side or "image") not in self.models[owner].sides:
                     raise UserError(f"recipe.{where}.space: model '{owner}' has no '{side}' vectors")
+            if isinstance(rule, Cut) and rule.column == "":
+                raise UserError(f"recipe.{where}.score: which column? (`column:NAME`)")
             if isinstance(rule, Cut) and rule.column is None:
                 if rule.score not in self.models:
                     known = nearest(rule.score, list(self.models))
@@ -182,7 +184,7 @@ def set_key(plain: Any, path: list[str], value: Any, whole: str) -> None:
     first, rest = path[0], path[1:]
     key: Any = first
     if isinstance(plain, list):
-        if not first.isdigit() or int(first) >= len(plain):
+        if not first.isdecimal() or int(first) >= len(plain):
             raise UserError(f"--set {whole}: '{first}' is not an index of a list of {len(plain)}")
         key = int(first)
     elif not isinstance(plain, dict):

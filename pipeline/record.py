@@ -126,3 +126,15 @@ def batches(directory: Root, path: str, columns: Sequence[str] | None = None) ->
 def parts_of(directory: Root, folder: str, suffix: str = ".parquet") -> list[str]:
     """The files of one kind in a folder of the run directory, in order."""
     return [path for path in directory.list(folder) if path.endswith(suffix)]
+
+
+def decisions_of(directory: Root) -> list[str]:
+    """The parts of decisions, in order.
+
+    Raises:
+        Unreadable: there is none, which no finished run has.
+    """
+    parts = parts_of(directory, "decisions")
+    if not parts:
+        raise Unreadable("decisions", "missing")
+    return parts

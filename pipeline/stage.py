@@ -99,7 +99,8 @@ class LocalFile:
     Attributes:
         path: local path; read only.
         bytes: length of the decompressed file.
-        sha256: hex digest of the stored (not decompressed) bytes; empty but on the first read of the unit.
+        sha256: hex digest of the stored bytes, after `gunzip ` where they were decompressed; empty but on the first
+            read of the unit.
         damage: why the stored bytes could not be decompressed to their end, or None.
     """
 

@@ -60,6 +60,8 @@ TEMPORARY = ".tmp-"
 """What the name of a file begins with that is still being written."""
 
 COMPRESSED = (".gz", ".tgz")
+GUNZIP_BYTES = 4096
+"""Decompressed at a time, of which a fault takes the rest with it."""
 
 SCHEMES = ("file", "local", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "http", "https")
 
@@ -509,7 +511,8 @@ class UnitFiles:
             return LocalFile(str(stored), found, digest)
         plain = self._scratch() / "plain"
         damage = _gunzip(stored, plain)
-        return LocalFile(str(plain), plain.stat().st_size, digest, damage)
+        # The name decides that it is decompressed, so the same bytes under another name are another file.
+        return LocalFile(str(plain), plain.stat().st_size, f"gunzip {digest}" if digest else "", damage)
 
     def _scratch(self) -> Path:
         return Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(dir=self._machine.scratch)))
@@ -572,7 +575,8 @@ def _gunzip(stored: Path, plain: Path) -> str | None:
     with open(plain, "wb") as out:
         try:
             with gzip.open(stored, "rb") as file:
-                while block := file.read(BLOCK_BYTES):
+                # By `read1`, which gives what there is before it meets a fault; `read` would throw it away.
+                while block := file.read1(GUNZIP_BYTES):
                     if out.tell() + len(block) > most:
                         return f"grows to more than {most} bytes"
                     out.write(block)

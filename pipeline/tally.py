@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.decide import READ
 from pipeline.recipe import Recipe
-from pipeline.record import Record, Unreadable, batches, parts_of
+from pipeline.record import Record, Unreadable, batches, decisions_of, parts_of
 from pipeline.select.cut import Cut
 from pipeline.select.density import Density
 from pipeline.storage import Root
@@ -234,7 +234,7 @@ def _begin(directory: Root, number: int, rule_name: str, rule: Any) -> StepTally
 def _decisions(directory: Root, steps: Sequence[str], scores: Sequence[str]) -> Iterator[Batch]:
     names = pa.array([READ, *steps])
     first = 0
-    for path in parts_of(directory, "decisions"):
+    for path in decisions_of(directory):
         for table in batches(directory, path, [*DECIDED, *scores]):
             number = pc.fill_null(pc.index_in(table.column("step"), names), len(names))
             yield Batch(np.arange(first, first + len(table)), number.to_numpy().astype(np.int64), table)

@@ -125,6 +125,19 @@ def test_a_wrong_setting_is_named(
     assert said in message.splitlines()[-1]
 
 
+@pytest.mark.parametrize("option", ["--run", "--store"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_or_store_that_is_a_file_is_named(
+    short: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, inside: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    where = str(tmp_path / "file" / "deeper" if inside else tmp_path / "file")
+    other = ("--run", str(tmp_path / "run")) if option == "--store" else ()
+    message = refused(capsys, 2, "run", short, option, where, *other, "--executor", "serial")
+    assert message.startswith(f"pairsieve: {option} {where}: no folder, and none can be made: ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "missing.yaml")
     assert refused(capsys, 2, "run", missing) == f"pairsieve: {missing}: cannot be read: No such file or directory\n"

@@ -15,6 +15,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.explain import Explained, StepVerdict, explain, rows_of_uid
+from pipeline.machine import Machine
+from pipeline.record import Unreadable
+from pipeline.report import replace_report
 from pipeline.storage import Root
 from tests.pools import datacomp_pool, planted
 from tests.runs import datacomp, datacomp_run, run_recipe, webdataset, webdataset_run
@@ -154,6 +157,15 @@ def test_a_uid_that_is_malformed_or_unknown_is_a_mistake(run: Path) -> None:
     unknown = hashlib.md5(b"unknown").hexdigest()
     with pytest.raises(UserError, match=f"{unknown}: no sample of .* has this uid"):
         explained(run, unknown)
+
+
+def test_a_run_without_its_decisions_explains_nothing(run: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copied / "decisions")
+    with pytest.raises(Unreadable, match="decisions: missing"):
+        explained(copied, "0" * 32)
+    with pytest.raises(Unreadable, match="decisions: missing"):
+        replace_report(Root(str(copied)), Root(str(copied / "store")), Machine())
 
 
 def test_rows_beyond_the_first_row_group_are_found(run: Path, tmp_path: Path) -> None:

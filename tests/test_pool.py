@@ -68,6 +68,12 @@ def test_a_range_that_runs_backwards_is_refused():
         expand_braces("{5..4}.tar")
 
 
+@pytest.mark.parametrize("path", ["", [""], []])
+def test_a_pool_that_names_nothing_is_refused(path):
+    with pytest.raises(UserError, match=r"pool.path: (empty|an empty list)"):
+        list_units(Pool(format="webdataset", path=path), {})
+
+
 def test_a_pattern_of_endless_names_is_refused_at_once():
     with pytest.raises(UserError, match="names more than 5000000 files"):
         expand_braces("{0..9999}/{0..99999999999999}.tar")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
@@ -18,6 +20,7 @@ from pipeline.machine import Machine
 from pipeline.stage import Source, Unit
 from pipeline.storage import REQUESTS_PER_S, Root, UnitFiles, is_passing, persistently
 from tests.faulty import FaultyMemory, Plan, faulty_memory
+from tests.pools import unit_of
 
 
 @pytest.fixture
@@ -131,6 +134,38 @@ def test_a_file_of_the_pool_that_arrives_otherwise_than_the_store_tells_is_fetch
     with UnitFiles(unit, Machine()) as files:
         assert Path(files.open("tar").path).read_bytes() == b"x" * 1000
     assert memory.plan.done
+
+
+def test_what_is_decompressed_is_another_file_than_the_same_bytes_as_they_are(tmp_path: Path) -> None:
+    digests = []
+    for name in ("0.tar", "0.tar.gz", "1.tar.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x" * 1000, mtime=0))
+        with UnitFiles(unit_of(tar=tmp_path / name), Machine(), hashing=True) as files:
+            digests.append(files.open("tar").sha256)
+    assert digests[1] == digests[2] == f"gunzip {digests[0]}"
+
+
+@pytest.mark.parametrize(
+    ("change", "lost", "damage"),
+    [
+        (lambda data: data, 0, None),
+        (lambda data: data[:-8], 0, "ended before"),
+        (lambda data: data[:-400], 600, "ended before"),
+        (lambda data: data + b"x", 0, "Not a gzipped file"),
+        (lambda data: data[:50_000] + bytes(8) + data[50_008:], 60_000, ""),
+    ],
+)
+def test_a_gz_is_decompressed_as_far_as_the_bytes_allow(
+    tmp_path: Path, change: Callable[[bytes], bytes], lost: int, damage: str | None
+) -> None:
+    plain = np.random.default_rng(0).bytes(100_000)
+    (tmp_path / "0.tar.gz").write_bytes(change(gzip.compress(plain, mtime=0)))
+    with UnitFiles(unit_of(tar=tmp_path / "0.tar.gz"), Machine()) as files:
+        found = files.open("tar")
+        data = Path(found.path).read_bytes()
+    assert len(data) == found.bytes >= len(plain) - lost
+    assert data[:40_000] == plain[:40_000]
+    assert (found.damage is None) == (damage is None) and (damage or "") in (found.damage or "")
 
 
 def test_an_etag_that_is_no_md5_is_believed_when_two_fetches_agree(memory: type[FaultyMemory]) -> None:

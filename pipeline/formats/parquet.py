@@ -37,8 +37,8 @@ def image_column(schema: pa.Schema) -> str | None:
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
@@ -71,6 +71,8 @@ def images(files: Files, samples: pa.Table) -> Iterator[bytes | None]:
     """
     wanted = iter(samples["source_row"].to_pylist())
     row = next(wanted, None)
+    if row is None:
+        return  # the file may be no parquet at all
     with open_parquet(files.open("parquet").path) as file:
         image = image_column(file.schema_arrow)
         for group, rows in _row_groups(file):
@@ -86,8 +88,8 @@ def images(files: Files, samples: pa.Table) -> Iterator[bytes | None]:
 def _read(file: pq.ParquetFile) -> Reading:
     schema = file.schema_arrow
     image = image_column(schema)
-    names = [name for name in schema.names if name != image]
-    tables, pictures = [plain(schema.empty_table().select(names))], [PICTURES.empty_table()]
+    names = list(dict.fromkeys(name for name in schema.names if name != image))
+    tables, pictures = [plain(plain(schema.empty_table()).select(names))], [PICTURES.empty_table()]
     numbers: list[int] = []
     lost: list[Damage] = []
     for group, rows in _row_groups(file):
@@ -134,7 +136,8 @@ def _row_groups(file: pq.ParquetFile) -> Iterator[tuple[int, range]]:
 
 
 def _images(file: pq.ParquetFile, group: int, image: str) -> Iterator[bytes | None]:
-    nested = pa.types.is_struct(file.schema_arrow.field(image).type)
+    schema = file.schema_arrow
+    nested = pa.types.is_struct(schema.field(schema.names.index(image)).type)
     path = f"{image}.bytes" if nested else image
     for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[path], use_threads=False):
         column = pc.struct_field(batch.column(0), "bytes") if nested else batch.column(0)

@@ -22,7 +22,7 @@ def png(width, height):
 
 
 def files(folder, table, **options):
-    pq.write_table(pa.table(table), folder / "x.parquet", **options)
+    pq.write_table(table if isinstance(table, pa.Table) else pa.table(table), folder / "x.parquet", **options)
     return UnitFiles(pools.unit_of(parquet=folder / "x.parquet"), Machine())
 
 
@@ -79,6 +79,7 @@ def test_the_pool_s_own_uid_and_sha256_win(tmp_path):
         ({"picture": pa.binary(), "text": pa.string()}, "picture"),
         ({"one": pa.binary(), "two": pa.binary()}, None),
         ({"url": pa.string(), "image": pa.struct([("path", pa.string())])}, None),
+        ({"image": pa.struct([("bytes", pa.struct([("bytes", pa.binary())]))])}, None),
     ],
 )
 def test_the_image_column_is_found_by_name_or_by_being_the_only_one(columns, name):
@@ -98,6 +99,29 @@ def test_a_parquet_of_nothing_but_images_keeps_its_rows(tmp_path):
     assert len(reading.samples) == len(reading.columns) == 2
     assert reading.samples["width"].to_pylist() == [3, 1]
     assert reading.samples["problem"].to_pylist() == ["missing_caption"] * 2
+
+
+@pytest.mark.parametrize("names", [("jpg", "txt", "txt"), ("jpg", "jpg", "txt")])
+def test_of_columns_that_share_a_name_the_first_counts(tmp_path, names):
+    values = {"jpg": [png(3, 4), png(1, 1)], "txt": ["a", "b"]}
+    others = [names.index(name) < at for at, name in enumerate(names)]
+    arrays = [
+        pa.array(values[name][::-1] if other else values[name]) for name, other in zip(names, others, strict=True)
+    ]
+    unit = files(tmp_path, pa.Table.from_arrays(arrays, names))
+    reading = parquet.read(unit)
+    assert reading.columns.to_pydict() == {"txt": ["a", "b"]}
+    assert reading.samples["width"].to_pylist() == [3, 1]
+    assert list(parquet.images(unit, reading.samples)) == values["jpg"]
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1junk"])
+def test_a_file_that_is_no_parquet_is_a_lost_shard_without_images(tmp_path, data):
+    (tmp_path / "x.parquet").write_bytes(data)
+    unit = UnitFiles(pools.unit_of(parquet=tmp_path / "x.parquet"), Machine())
+    reading = parquet.read(unit)
+    assert [(line["key"], line["reason"]) for line in reading.problems.to_pylist()] == [(None, "bad_metadata")]
+    assert list(parquet.images(unit, reading.samples)) == []
 
 
 def test_rows_that_were_not_downloaded_are_not_listed(tmp_path):
