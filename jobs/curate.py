@@ -73,14 +73,15 @@ def make_folder(root: Root, named: str) -> None:
     """Make a folder on this machine's disk; an object store has none.
 
     Raises:
-        UserError: it cannot be made, or is a file.
+        UserError: it is a file, or lies below one.
+        OSError: the disk refuses it.
     """
     folder = root.local("")
     try:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{named}: no folder, and none can be made: {error.strerror}") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{named}: a file is in its place") from None
 
 
 def check_unfinished(directory: Root, store: Root) -> None:

@@ -134,7 +134,7 @@ def test_a_run_or_store_that_is_a_file_is_named(
     where = str(tmp_path / "file" / "deeper" if inside else tmp_path / "file")
     other = ("--run", str(tmp_path / "run")) if option == "--store" else ()
     message = refused(capsys, 2, "run", short, option, where, *other, "--executor", "serial")
-    assert message.startswith(f"pairsieve: {option} {where}: no folder, and none can be made: ")
+    assert message == f"pairsieve: {option} {where}: a file is in its place\n"
     assert (tmp_path / "file").read_text() == "mine"
 
 
