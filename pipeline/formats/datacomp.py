@@ -110,10 +110,17 @@ def vectors(files: Files, name: str, samples: pa.Table) -> np.ndarray:
 
 
 def _joined_by_uid(tar: Reading, columns: pa.Table) -> Reading:
-    """Give the tar's samples the metadata of their uid, and list after them the metadata rows that the tar lacks."""
+    """Give the tar's samples the metadata of their uid, and list after them the metadata rows that the tar lacks.
+
+    Of rows that share a uid each sample gets its own, in order, and samples beyond them the last.
+    """
     found = core(columns)
-    first = {uid: i for i, uid in reversed(list(enumerate(found["uid"].to_pylist()))) if uid}
-    source_row = pa.array([first.get(uid) for uid in hexes(tar.samples["uid"])], pa.int64())
+    rows_of_uid: dict[str | None, list[int]] = {}
+    for row, uid in reversed(list(enumerate(found["uid"].to_pylist()))):
+        if uid:
+            rows_of_uid.setdefault(uid, []).append(row)
+    mine = (rows_of_uid.get(uid, []) for uid in hexes(tar.samples["uid"]))
+    source_row = pa.array([(rows.pop() if rows[1:] else rows[0]) if rows else None for rows in mine], pa.int64())
     own = found.take(source_row)
     filled = {
         name: pc.coalesce(tar.samples[name], own[name]) if name in own.column_names else tar.samples[name]

@@ -172,6 +172,19 @@ def test_without_a_key_column_a_tar_is_joined_by_the_uid_in_its_json(tmp_path):
     assert np.isnan(vec_ND[1]).all()
 
 
+def test_samples_of_one_uid_each_have_a_row_of_their_own(tmp_path):
+    tar = {}
+    for key, uid in (("k1", A), ("k2", B), ("k3", A), ("k4", A), ("k5", A)):
+        tar |= {f"{key}.jpg": key.encode(), f"{key}.txt": b"c", f"{key}.json": json.dumps({"uid": uid}).encode()}
+    unit = files(tmp_path, {"uid": [A, A, B, A, B], "text": ["a1", "a2", "b1", "a3", "b2"]}, tar, img=np.eye(5))
+    reading = datacomp.read(unit)
+    samples = reading.samples
+    assert samples["source_row"].to_pylist() == [0, 2, 1, 3, 3, 4]
+    assert reading.columns["text"].to_pylist() == ["a1", "b1", "a2", "a3", "a3", "b2"]
+    assert samples["problem"].to_pylist() == [None] * 5 + ["missing_image"]
+    assert datacomp.vectors(unit, "img", samples).argmax(axis=1).tolist() == [0, 2, 1, 3, 3, 4]
+
+
 def test_the_generated_pool_has_what_was_planted(tmp_path):
     pools.datacomp_pool(tmp_path, shards=1, rows=25, seed=3)
     metadata = next(tmp_path.glob("*.parquet"))
