@@ -48,8 +48,8 @@ def run(
     directory, kept_in = Root(where, here.storage_options), Root(store or f"{where}/store", here.storage_options)
     if retry_failed:
         check_unfinished(directory, kept_in)
-    make_folder(directory, f"--run {where}")
-    make_folder(kept_in, f"--store {store}")
+    make_folder(directory, "--run")
+    make_folder(kept_in, "--store")
     workers = executor_of(executor, here)
     try:
         with leased(kept_in, directory):
@@ -69,19 +69,20 @@ def executor_of(name: str, machine: Machine) -> Executor:
     return RayExecutor(machine)
 
 
-def make_folder(root: Root, named: str) -> None:
-    """Make a folder on this machine's disk; an object store has none.
+def make_folder(root: Root, option: str) -> None:
+    """Make the folder that an option names, where it is on this machine's disk: an object store has none.
 
     Raises:
         UserError: it is a file, or lies below one.
         OSError: the disk refuses it.
     """
     folder = root.local("")
+    if folder is None:
+        return
     try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{named}: a file is in its place") from None
+        raise UserError(f"{option} {root.url}: a file is in its place") from None
 
 
 def check_unfinished(directory: Root, store: Root) -> None:

@@ -39,7 +39,7 @@ class _NoAlias(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
+            keys = [self.construct_object(key) for key, _ in node.value]
             raise yaml.YAMLError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' is given twice")
         return mapping
 

@@ -505,7 +505,7 @@ def drops(state: Dataset) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of pairsieve and of the libraries whose code shapes the bytes."""
-    names = ("pairsieve", "numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "pillow")
+    names = ("pairsieve", "numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "pillow", "simplejpeg")
     found = {}
     for name in names:
         try:

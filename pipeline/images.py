@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -105,7 +106,7 @@ def decode(data: bytes, at_least_px: int | None = None) -> Image.Image | Undecod
 
 
 def decode_rgb(data: bytes, at_least_px: int | None = None) -> Decoded | Undecodable:
-    """`decode`, but of an RGB JPEG only its levels, which are the same: two fifths faster at 256 px.
+    """`decode`, but of an RGB JPEG only its levels, which are the same, in three fifths of the time at 256 px.
 
     simplejpeg writes three bytes a pixel at once, where Pillow writes four, by way of rows.
 
@@ -119,13 +120,11 @@ def decode_rgb(data: bytes, at_least_px: int | None = None) -> Decoded | Undecod
     image = _judged(data, at_least_px)
     if isinstance(image, JpegImageFile) and image.mode == "RGB":
         width, height = image.size
-        try:
+        with suppress(ValueError, RuntimeError, MemoryError):  # damaged, or of a rare kind: Pillow decides
             # A buffer, so that a header which the two libraries read differently cannot cost more than was judged.
             levels = np.empty((height, width, 3), np.uint8)
             found: Uint8s = decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=levels, strict=True)
             return found
-        except (ValueError, RuntimeError, MemoryError):
-            pass  # damaged, or of a rare kind: Pillow decides
     return _loaded(image)
 
 
@@ -160,7 +159,7 @@ def _loaded(image: ImageFile | Undecodable) -> ImageFile | Undecodable:
     return image
 
 
-def _unreadable(error: BaseException) -> Undecodable:
+def _unreadable(error: Exception) -> Undecodable:
     return Undecodable("unreadable_image", f"{type(error).__name__}: {error}"[:200])
 
 

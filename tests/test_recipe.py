@@ -289,6 +289,7 @@ def test_a_wrong_override_is_named(tmp_path, override, message):
         ("", "a recipe is a mapping"),
         ("pool: [", "not valid YAML"),
         ("pool: {format: parquet, path: a}\nselect:\n- cut: {score: a, min: 1, min: 2}\n", "key 'min' is given twice"),
+        ("models: {1: {weights: tiny}, 1.0: {weights: tiny}}\n", "key '1' is given twice"),
         ("seed: 1\npool: {format: parquet, path: a}\nseed: 2\n", "key 'seed' is given twice"),
         ("pool: &a {format: parquet}\nmodels: *a\n", "anchors and aliases"),
         ("pool: !!python/object/apply:os.system [id]\n", "not valid YAML"),

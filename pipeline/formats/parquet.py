@@ -89,7 +89,10 @@ def _read(file: pq.ParquetFile) -> Reading:
     schema = file.schema_arrow
     image = image_column(schema)
     names = list(dict.fromkeys(name for name in schema.names if name != image))
-    tables, pictures = [plain(plain(schema.empty_table()).select(names))], [PICTURES.empty_table()]
+    tables, pictures = (
+        [plain(schema.empty_table().select([schema.names.index(name) for name in names]))],
+        [PICTURES.empty_table()],
+    )
     numbers: list[int] = []
     lost: list[Damage] = []
     for group, rows in _row_groups(file):
