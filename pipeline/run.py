@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
 
 import pyarrow as pa
@@ -70,8 +71,9 @@ RECEIPT_BATCH = 4096
 """Receipts that are text at the same time, where a manifest is written or read."""
 
 Receipt = dict[str, Any]
-"""key; stage; name (of the unit or group); files: output -> {path, sha256, bytes, rows, buckets}; exports: path in
-the run directory -> {sha256, bytes}; facts; content: role -> sha256 of the unit's files, for a first read."""
+"""key; stage; files: output -> {path, sha256, bytes, rows, buckets}; exports: path in the run directory ->
+{sha256, bytes}; facts; content: role -> sha256 of the unit's files, for a first read. In a manifest also name, of the
+unit or group: equal units share a receipt, and which of them came first is chance."""
 
 
 class Receipts:
@@ -341,7 +343,6 @@ def commit(
     receipt: Receipt = {
         "key": key,
         "stage": stage.name,
-        "name": name,
         "files": files,
         "exports": exports,
         "facts": made.facts,
@@ -444,7 +445,9 @@ class Run:
     numerics_class: dict[str, str] = field(default_factory=dict)
     segment_parts: int = SEGMENT_PARTS
     manifests: dict[str, str] = field(default_factory=dict)
-    """Path -> sha256 of those known to be there and whole."""
+    """Path -> sha256, of every dataset that was asked for."""
+    whole: dict[str, str] = field(default_factory=dict)
+    """Path -> sha256 of the manifests that are known to be there and whole."""
     stored_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stage -> manifest -> bytes of the files that it names."""
 
@@ -490,7 +493,7 @@ class Run:
         names = [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
         found = Receipts()
         for stage, mine in zip(stages, keys, strict=True):
-            self._find(stage, mine, found)
+            self._find(stage, mine, names, found)
 
         def tasks() -> Iterator[Task]:
             for i, name in enumerate(names):
@@ -530,7 +533,8 @@ class Run:
         ]
         keys: list[str | None] = self._listed(listings)
         known = Receipts()
-        self._find(stage, [k for k in keys if k], known)
+        shards = [u.shard for u in units]
+        self._find(stage, [k for k in keys if k], [s for s, k in zip(shards, keys, strict=True) if k], known)
         todo = [i for i, k in enumerate(keys) if k is None or k not in known]
         remote = any(scheme_of(s.url) not in ("file", "local") for u in units[:1] for s in u.sources.values())
         then = tuple(after) if remote else ()
@@ -540,7 +544,7 @@ class Run:
                 keys[todo[position]] = done[0]["key"]
                 known.add(done[0])
             self.store.write(_listed(digest(listings)), sealed(keys))
-        return self._finish(stage, [cast(str, k) for k in keys], known, [u.shard for u in units])
+        return self._finish(stage, [cast(str, k) for k in keys], known, shards)
 
     def export(
         self, stage: Stage, *inputs: Dataset, units: Sequence[Sequence[Unit]] | None = None
@@ -561,7 +565,7 @@ class Run:
         keys = list(self._keys(stage, inputs, False))
         names = [p.name for p in inputs[0].parts]
         found = Receipts()
-        self._find(stage, keys, found)
+        self._find(stage, keys, names, found)
         known = {key: found[key]["exports"] for key in found}
         folders = {path.partition("/")[0] for exports in known.values() for path in exports if "/" in path}
         there = {path: count for folder in folders for path, count in self.directory.list(folder).items()}
@@ -592,9 +596,9 @@ class Run:
         for at, ids in enumerate(zip(*(d.ids() for d in inputs), strict=True)):
             yield part_key(parameters, ids, _pixels(inputs[0].parts[at]) if reads_pool else None)
 
-    def _find(self, stage: Stage, keys: Sequence[str], found: Receipts) -> None:
+    def _find(self, stage: Stage, keys: Sequence[str], names: Sequence[str], found: Receipts) -> None:
         """Add the receipts of those keys that are committed: in a manifest of theirs, compacted, or loose."""
-        if not keys or self._finished(stage, keys, found):
+        if not keys or self._finished(stage, keys, names, found):
             return
         missing = set(keys).difference(found)
         for folder in (f"{SEGMENTS}/{stage.name}", f"{MANIFESTS}/{stage.name}"):
@@ -610,9 +614,9 @@ class Run:
             if key in missing and (receipt := read_record(self.store, path)):
                 found.add(receipt)
 
-    def _finished(self, stage: Stage, keys: Sequence[str], found: Receipts) -> bool:
+    def _finished(self, stage: Stage, keys: Sequence[str], names: Sequence[str], found: Receipts) -> bool:
         """Add the receipts of a dataset from its manifest; whether it has one that is whole."""
-        path = _manifest(stage, keys)
+        path = _manifest(stage, keys, names)
         try:
             data = self.store.read(path)
         except FileNotFoundError:
@@ -623,7 +627,7 @@ class Run:
             held += 1
         if held < len(keys) or not all(key in found for key in keys):
             return False
-        self.manifests[path] = _sha256(data)
+        self.whole[path] = _sha256(data)
         return True
 
     def _listed(self, listings: Sequence[str]) -> list[str | None]:
@@ -693,18 +697,19 @@ class Run:
         return verdict(spent.phases, len(spent.workers), self.machine.decoders)
 
     def _compact(self, stage: str, records: dict[str, bytes]) -> None:
-        data = _pack(list(records), records.__getitem__)
+        data = _pack(list(records), records.values())
         self.store.write(f"{SEGMENTS}/{stage}/{_sha256(data)[:32]}.parquet", data)
         for key in records:
             self.store.delete(_receipt_path(stage, key))
 
     def _finish(self, stage: Stage, keys: Sequence[str], found: Receipts, names: Sequence[str]) -> dict[str, Dataset]:
-        path = _manifest(stage, keys)
-        if path not in self.manifests:
-            data = _pack(keys, found.record)
+        path = _manifest(stage, keys, names)
+        if path not in self.whole:
+            data = _pack(keys, (sealed({**found[key], "name": name}) for key, name in zip(keys, names, strict=True)))
             self.store.write(path, data)
-            self.manifests[path] = _sha256(data)
+            self.whole[path] = _sha256(data)
             del data
+        self.manifests[path] = self.whole[path]
         self.store.delete(_failed(stage.name))
         files = _files(stage, (found[key] for key in keys))
         self.stored_bytes.setdefault(stage.name, {})[path] = sum(f.bytes for every in files.values() for f in every)
@@ -718,17 +723,17 @@ def _failed(stage: str) -> str:
     return f"{FAILED}/{stage}.json"
 
 
-def _manifest(stage: Stage, keys: Sequence[str]) -> str:
-    return f"{MANIFESTS}/{stage.name}/{digest([stage_key(stage), list(keys)])}.parquet"
+def _manifest(stage: Stage, keys: Sequence[str], names: Sequence[str]) -> str:
+    return f"{MANIFESTS}/{stage.name}/{digest([stage_key(stage), list(keys), list(names)])}.parquet"
 
 
-def _pack(keys: Sequence[str], record: Callable[[str], bytes]) -> memoryview:
-    """The records of some keys as one object, with few of them as text at a time."""
-    out = io.BytesIO()
+def _pack(keys: Sequence[str], records: Iterable[bytes]) -> memoryview:
+    """The record of each key as one object, with few of them as text at a time."""
+    out, left = io.BytesIO(), iter(records)
     with pq.ParquetWriter(out, RECEIPTS, compression="zstd", use_dictionary=False, write_statistics=False) as file:
         for first in range(0, len(keys), RECEIPT_BATCH):
             some = keys[first : first + RECEIPT_BATCH]
-            file.write_table(pa.table([some, [record(key).decode() for key in some]], schema=RECEIPTS))
+            file.write_table(pa.table([some, [record.decode() for record in islice(left, len(some))]], schema=RECEIPTS))
     return out.getbuffer()
 
 

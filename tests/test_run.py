@@ -612,7 +612,21 @@ def test_a_manifest_of_several_batches_holds_every_receipt_in_order(tmp_path: Pa
     manifest = pq.ParquetFile(io.BytesIO(data))
     assert manifest.metadata.num_row_groups == 3
     assert manifest.read().column("key").to_pylist() == keys
-    assert in_order(data) == [found[key] for key in keys]
+    assert in_order(data) == [{**found[key], "name": key} for key in keys]
+
+
+def test_the_manifest_of_equal_units_does_not_tell_which_of_them_was_made_first(tmp_path: Path) -> None:
+    units = [unit(tmp_path / "pool" / f"{i}.txt", [7, 8]) for i in range(2)]
+    manifests = []
+    for name, first in (("one", units[:1]), ("two", units[1:])):
+        store = Root(str(tmp_path / name))
+        run_of(store, tmp_path).read(Lines(), first)
+        run = run_of(store, tmp_path)
+        run.read(Lines(), units)
+        ((path, _),) = run.manifests.items()
+        manifests.append((path, store.read(path)))
+    assert manifests[0] == manifests[1]
+    assert [receipt["name"] for receipt in in_order(manifests[0][1])] == ["0.txt", "1.txt"]
 
 
 def test_a_manifest_that_names_a_part_twice_and_is_damaged_at_the_second_is_written_again(tmp_path: Path) -> None:
