@@ -282,9 +282,9 @@ def record(
 ) -> Exported:
     """decisions/, problems/ and select/: the written reason for every sample."""
     samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
-    models = scored(recipe)
-    used = {name: str(kind) for _, rule in recipe.select for name, kind in rule.uses_columns().items()}
-    decide = Decide(tuple(s.name for s in steps), models, tuple(used.items()))
+    models = recipe.scored
+    used = tuple((name, str(kind)) for name, kind in recipe.used_columns.items())
+    decide = Decide(tuple(s.name for s in steps), models, used)
     scores = [seen[m] for m in models]
     written = run.export(decide, samples, columns, state, pool.labels("decisions"), *scores)
     written |= run.export(ShowProblems(), pool.grouped(pool.problems), samples, pool.labels("problems"), *seen.values())
@@ -295,11 +295,6 @@ def record(
         for name, data in outcome.files.items():
             written |= put(run, f"{folder}/{name}", data)
     return written
-
-
-def scored(recipe: Recipe) -> tuple[str, ...]:
-    """Models with both vectors, and so a score."""
-    return tuple(name for name, model in recipe.models.items() if "text" in model.sides)
 
 
 def formats_of(recipe: Recipe, units: Sequence[Unit]) -> list[Literal["webdataset", "parquet", "subset"]]:
@@ -327,7 +322,7 @@ def write(
 ) -> Exported:
     """filtered/, parquet/ and subset.npy: the kept samples."""
     formats = recipe.write.formats or []
-    models = scored(recipe)
+    models = recipe.scored
     plan = Plan.of(pool, state, recipe.write.samples_per_shard)
     inputs = [plan.places, plan.of_units(pool.samples), plan.of_units(pool.columns), plan.of_groups(state)]
     inputs += [plan.of_units(vectors[m]) for m in models]

@@ -91,8 +91,7 @@ class Decide:
             table[f"score_{model}"] = rows.table(["score"]).column("score")
         pieces = list(columns.pieces()) if self.columns else []
         for name, kind in self.columns:
-            # A pool may have columns named as ours are; ours stand.
-            table.setdefault(name, pa.concat_arrays([used_column(piece, name, kind) for piece in pieces]))
+            table[name] = pa.concat_arrays([used_column(piece, name, kind) for piece in pieces])
         return Made({}, exports={labels.given["path"]: parquet_file(pa.table(table), bloom=["uid"])})
 
 

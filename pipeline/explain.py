@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Rule
 from pipeline.record import Record, Unreadable, decisions_of, load_record, receipts_of, rows_of
 from pipeline.run import Receipt
+from pipeline.schema import DECISION
 from pipeline.select.cut import Cut
 from pipeline.select.dedup import Dedup
 from pipeline.select.density import Density
@@ -31,7 +32,6 @@ from pipeline.select.filter import Filter, cld3
 from pipeline.storage import Root, redacted
 
 UID = re.compile(r"[0-9a-f]{32}")
-OWN = ("uid", "shard", "key", "problem", "kept", "step", "reason", "value", "threshold", "duplicate_of")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _explained(
         else:
             verdicts.append(StepVerdict(name, "passed", None, facts))
     caption = read[0].column("caption")[0].as_py() if read else None
-    scores = {name: value for name, value in row.items() if name not in OWN}
+    scores = {name: value for name, value in row.items() if name not in DECISION}
     return Explained(row["uid"], row["shard"], row["key"], row["kept"], caption, scores, tuple(verdicts))
 
 

@@ -156,7 +156,7 @@ def _by_faiss(sample_MD: Float16s, k: int, iterations: int, seed: int, threads: 
         k,
         niter=iterations,
         spherical=True,
-        seed=seed,
+        seed=seed & 0x7FFFFFFF,  # FAISS has an int32
         min_points_per_centroid=1,
         max_points_per_centroid=len(vec_MD),  # FAISS subsamples to 256 a centroid unless told
         gpu=gpu,

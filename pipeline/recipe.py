@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline.config import dump_yaml, first_fault, load_yaml, nearest, parse_yaml, validate
 from pipeline.errors import UserError
 from pipeline.pool import Pool
+from pipeline.schema import DECISION
 from pipeline.select.cut import Cut
 from pipeline.select.dedup import Dedup
 from pipeline.select.density import Density
@@ -142,6 +144,11 @@ class Recipe:
                     raise UserError(f"recipe.{where}.space: model '{owner}' has no '{side}' vectors")
             if isinstance(rule, Cut) and rule.column == "":
                 raise UserError(f"recipe.{where}.score: which column? (`column:NAME`)")
+            if isinstance(rule, Cut) and rule.column in self._own_columns:
+                raise UserError(
+                    f"recipe.{where}.score: the decisions have a column '{rule.column}' of their own, and cannot show "
+                    "the pool's beside it; name that otherwise"
+                )
             if isinstance(rule, Cut) and rule.column is None:
                 if rule.score not in self.models:
                     known = nearest(rule.score, list(self.models))
@@ -156,6 +163,27 @@ class Recipe:
             if isinstance(model, Network) and self.pool.format == "clip_retrieval":
                 raise UserError(f"recipe.models.{name}: a clip_retrieval pool has no images to embed; name its arrays")
         return self
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Models with both vectors, and so a score."""
+        return tuple(name for name, model in self.models.items() if "text" in model.sides)
+
+    @property
+    def _own_columns(self) -> tuple[str, ...]:
+        return (*DECISION, *(f"score_{name}" for name in self.scored))
+
+    @property
+    def used_columns(self) -> dict[str, pa.DataType]:
+        """The pool's columns that a step uses, as the decisions hold them: float64 where any step compares numbers.
+
+        One that is named as the decisions' own is not among them: those stand.
+        """
+        used: dict[str, pa.DataType] = {}
+        for _, rule in self.select:
+            for name, kind in rule.uses_columns().items():
+                used[name] = pa.float64() if pa.float64() in (kind, used.get(name)) else kind
+        return {name: kind for name, kind in used.items() if name not in self._own_columns}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -89,6 +89,9 @@ STATE = pa.schema(
 )
 """What selection has decided so far about each listed sample; a dropped row never changes again."""
 
+DECISION = ("uid", "shard", "key", "problem", "kept", "step", "reason", "value", "threshold", "duplicate_of")
+"""Columns that every decision has; the scores of models and the pool's columns that a step used follow."""
+
 GROUP_UNITS = 256
 """Units whose rows share one part of a large table, and one task of a cheap stage."""
 

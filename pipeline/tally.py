@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.decide import READ
-from pipeline.recipe import Recipe
 from pipeline.record import Record, Unreadable, batches, decisions_of, parts_of
 from pipeline.select.cut import Cut
 from pipeline.select.density import Density
@@ -184,7 +183,8 @@ def tally(directory: Root, record: Record, listed: int, spoken: Sequence[range])
     edges = np.array([[r.start, r.stop] for r in spoken], np.int64).reshape(-1)
     stride = max(1, -(-listed // DRAWN_ROWS))
     pieces: list[tuple[np.ndarray, list[str], dict[str, np.ndarray], dict[str, np.ndarray]]] = []
-    scores = score_columns(record.recipe)
+    numbers = [name for name, kind in record.recipe.used_columns.items() if kind == pa.float64()]
+    scores = [*(f"score_{name}" for name in record.recipe.scored), *numbers]
     for batch in _decisions(directory, [s.name for s in steps], scores):
         clusters = {}
         for step in steps:
@@ -204,13 +204,6 @@ def tally(directory: Root, record: Record, listed: int, spoken: Sequence[range])
         values = {name: batch.numbers(name)[mine] for name in scores}
         pieces.append((batch.number[mine], uid, values, {n: c[mine] for n, c in clusters.items()}))
     return Tally(steps, _drawn(stride, pieces, scores, [s.name for s in steps if s.concepts]))
-
-
-def score_columns(recipe: Recipe) -> list[str]:
-    """The numeric columns of decisions after the fixed ones: scores of models, and pool columns that a step used."""
-    models = [f"score_{name}" for name, model in recipe.models.items() if "text" in model.sides]
-    used = {name: kind for _, rule in recipe.select for name, kind in rule.uses_columns().items()}
-    return models + [name for name, kind in used.items() if kind == pa.float64()]
 
 
 def _begin(directory: Root, number: int, rule_name: str, rule: Any) -> StepTally:

@@ -471,6 +471,30 @@ def test_a_pool_without_a_sample_is_refused(tmp_path):
         done({"pool": {"format": "datacomp", "path": str(tmp_path)}})
 
 
+def test_a_column_may_be_a_score_and_a_text_and_may_be_named_as_one_of_ours(tmp_path):
+    names = ["value", "step", "kept", "reason", "threshold", "key", "score_m"]
+    columns = {name: [float(n) for n in range(12)] for name in names}
+    table = {
+        "url": [str(n) for n in range(12)],
+        "caption": ["a b c"] * 12,
+        "x": [float(n) for n in range(12)],
+        **columns,
+    }
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    bounds = {name: {"min": at} for at, name in enumerate(names)}
+    select = [
+        {"cut": {"score": "column:x", "keep": 10}},
+        {"filter": {"columns": {"x": {"not_in": ["11"]}, **bounds}}},
+    ]
+    plain = {"pool": {"format": "parquet", "path": str(tmp_path / "0.parquet")}, "select": select}
+    found = done(plain).decisions
+    assert [row["x"] for row in found] == table["x"]
+    assert [row["reason"] for row in found] == ["low_score"] * 2 + [f"columns.{n}" for n in names[3:]] + [None] * 5 + [
+        "columns.x"
+    ]
+    assert [row["kept"] for row in found] == [False] * 6 + [True] * 5 + [False]
+
+
 def test_an_unfinished_directory_has_no_checksums(folders):
     url = fresh()
     done(recipe("datacomp", folders["datacomp"], []), url)

@@ -72,12 +72,6 @@ def test_every_listed_sample_has_its_row_in_pool_order(tmp_path):
     assert kinds["kept"] == "bool" and kinds["duplicate_of"] == "string"
 
 
-def test_a_column_named_as_one_of_ours_gives_way(tmp_path):
-    columns = Told(pa.table({"key": [1, 2]}), pa.table({"key": [3, 4, 5]}))
-    _, table = decided(tmp_path, Decide(("a", "b"), (), (("key", "double"),)), columns)
-    assert table.column("key").to_pylist() == ["k0", "k1", "k0", "k3", "k4"]
-
-
 def test_a_row_too_few_is_noticed(tmp_path):
     with pytest.raises(SchemaError, match="2 samples listed, 5 decided"):
         decided(tmp_path, Decide((), (), ()), Told(), samples=Told(SAMPLES.tables[0]))

@@ -283,3 +283,10 @@ def test_training_leaves_faiss_threads_as_they_were(blobs):
 def test_an_empty_sample_is_refused():
     with pytest.raises(ValueError, match="k-means needs at least one row"):
         kmeans.train(np.zeros((0, 3), np.float16), 2, 1, seed=0, threads=1)
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**40 + 1, -1])
+def test_any_whole_number_is_a_seed(seed):
+    vec_MD = unit_rows(3, 40, 8)
+    one, other = (kmeans.train(vec_MD, 20, 1, s, 1)[0] for s in (seed, seed + 7))
+    assert not np.array_equal(one, other)

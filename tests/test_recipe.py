@@ -178,6 +178,14 @@ def test_models_are_networks_or_arrays():
             step(dedup={"space": "clip", "epsilon": 0, "sample_per_cluster": 1_000_001}),
             "recipe.select.1.dedup.sample_per_cluster: Input should be less than or equal to 1000000, got 1000001",
         ),
+        (
+            step(cut={"score": "column:value", "keep": 0.5}),
+            "recipe.select.1.cut.score: the decisions have a column 'value' of their own",
+        ),
+        (
+            step(cut={"score": "column:score_clip", "keep": 0.5}),
+            "recipe.select.1.cut.score: the decisions have a column 'score_clip' of their own",
+        ),
         (step(filter={}), "recipe.select.1.filter: filter needs at least one bound"),
         (
             step(filter={"columns": {"x": {}}}),
