@@ -1,7 +1,8 @@
 """`make bench`, also `python -m jobs.bench`: pairsieve beside a peer or a physical limit, in one run on the same data.
 
-Out: a line for each row as it is measured, bench.json with all of them, and bench.svg. Never a test: it fails on
-nothing but errors, and says which targets were missed.
+Out: a line for each row as it is measured, bench.json with all of them, and bench.svg. Rows that are there already of
+benches that are not measured now stay. Never a test: it fails on nothing but errors, and says which targets were
+missed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -39,17 +40,35 @@ def bench(
         if name not in BENCHES:
             raise UserError(f"bench: {name!r} is no bench{nearest(name, list(BENCHES))}")
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    found = saved(out)
     for name in names or BENCHES:
         measure: Callable[[Path], Iterator[Row]] = import_module(f"jobs.benches.{name}").measure
+        rows: list[Row] = []
         with tempfile.TemporaryDirectory(prefix="pairsieve-bench-") as scratch:
             for row in measure(Path(scratch)):
                 print(line(row), flush=True)
                 rows.append(row)
-        # After each, for it may be stopped before the last.
-        (out / "bench.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        (out / "bench.svg").write_text(picture(rows))
+        found[name] = rows
+        save(out, found)  # after each, for it may be stopped before the last
     return DONE
+
+
+def saved(out: Path) -> dict[str, list[Row]]:
+    """The rows of bench.json by bench; none where there is no such file, or one that does not tell their benches."""
+    path = out / "bench.json"
+    found: dict[str, list[Row]] = {}
+    for row in json.loads(path.read_text()) if path.exists() else ():
+        if name := row.pop("bench", None):
+            found.setdefault(name, []).append(Row(**row))
+    return found
+
+
+def save(out: Path, found: Mapping[str, list[Row]]) -> None:
+    """Write bench.json and bench.svg: rows in the order of BENCHES; of a bench that there is no longer, none."""
+    rows = [(name, row) for name in BENCHES for row in found.get(name, ())]
+    text = json.dumps([{"bench": name, **asdict(row)} for name, row in rows], indent=1)
+    (out / "bench.json").write_text(text + "\n")
+    (out / "bench.svg").write_text(picture([row for _, row in rows]))
 
 
 def line(row: Row) -> str:

@@ -1,16 +1,19 @@
 """What `make bench` says of what it measured; the measuring itself is no test."""
 
+import json
 import math
+import sys
 import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from jobs.bench import BENCHES, bench, line
+from jobs.bench import BENCHES, bench, line, save, saved
 from jobs.benches.measure import Row, compare, paired, within
 from jobs.benches.picture import picture
-from jobs.entry import WRONG, main
+from jobs.entry import DONE, WRONG, main
 
 
 def row(ratio: float, target: float = 1.0, name: str = "copy 2 GB") -> Row:
@@ -64,3 +67,20 @@ def test_a_bench_that_there_is_not_is_named(tmp_path, capsys):
     assert main([bench], ["decod", "--out", str(tmp_path)]) == WRONG
     assert "'decod' is no bench; did you mean 'decode'?" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_benches_that_are_not_measured_stay(tmp_path, monkeypatch):
+    save(
+        tmp_path, {"embed": [row(1.0, name="embed")], "copy": [row(1.0), row(1.1)], "decode": [row(1.2, name="decode")]}
+    )
+    monkeypatch.setitem(sys.modules, "jobs.benches.copy", SimpleNamespace(measure=lambda scratch: iter([row(3.0)])))
+    assert main([bench], ["copy", "--out", str(tmp_path)]) == DONE
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert [(found["bench"], found["ratio"]) for found in rows] == [("decode", 1.3), ("embed", 1.0), ("copy", 3.0)]
+    assert saved(tmp_path)["copy"] == [row(3.0)]
+    assert len(ET.parse(tmp_path / "bench.svg").findall("{http://www.w3.org/2000/svg}g")) == 3
+
+
+def test_rows_that_do_not_tell_their_bench_are_measured_anew(tmp_path):
+    (tmp_path / "bench.json").write_text('[{"name": "copy 2 GB", "ratio": 1}]')
+    assert saved(tmp_path) == {}
