@@ -5,6 +5,7 @@ It spares two runs of one directory from undoing each other's files. Nothing dep
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -47,14 +48,10 @@ def leased(store: Root, directory: Root, beat_s: float = BEAT_S, watch_s: float 
         UserError: another run that is alive holds it.
     """
     path = _path(directory)
-    mine = {"host": platform.node(), "pid": os.getpid(), "run": uuid.uuid4().hex}
-    if not store.create(path, canonical({**mine, "beat": 0})):
-        other = _read(store, path)
-        if other and _lives(store, path, other, watch_s):
-            holder = f"process {other['pid']} on {other['host']}"
-            raise UserError(f"{redacted(directory.url)}: another run writes here ({holder}); wait, or name another")
-        log.warning("%s: the run before did not end; going on from what it committed", redacted(directory.url))
-        store.write(path, canonical({**mine, "beat": 0}))
+    mine = {"host": platform.node(), "pid": os.getpid(), "run": uuid.uuid4().hex, "of": redacted(directory.url)}
+    if other := _take(store, path, mine, watch_s):
+        holder = f"process {other['pid']} on {other['host']}"
+        raise UserError(f"{redacted(directory.url)}: another run writes here ({holder}); wait, or name another")
     over = threading.Event()
     heart = threading.Thread(target=_beat, args=(store, path, mine, beat_s, over), name="lease", daemon=True)
     heart.start()
@@ -64,7 +61,32 @@ def leased(store: Root, directory: Root, beat_s: float = BEAT_S, watch_s: float 
         over.set()
         heart.join(1.0)
         with suppress(OSError):  # it would hide why the run ended; who comes next sees that nobody is there
-            store.delete(path)
+            if _holder(store, path) == mine["run"]:
+                store.delete(path)
+
+
+def _take(store: Root, path: str, mine: dict[str, Any], watch_s: float) -> dict[str, Any] | None:
+    """Get a lease; None, or the holder that is alive.
+
+    Of several runs that find a dead holder one follows it: the one that gets the lease of the succession.
+    """
+    while not store.create(path, canonical({**mine, "beat": 0})):
+        gone, other = _holder(store, path), _read(store, path)
+        if other and _lives(store, path, other, watch_s):
+            return other
+        if gone is None:
+            continue
+        succession = f"{path.removesuffix('.json')}-{gone}.json"
+        if rival := _take(store, succession, mine, watch_s):
+            return rival
+        try:
+            if _holder(store, path) == gone:  # else another has followed it and left the succession
+                store.write(path, canonical({**mine, "beat": 0}))
+                log.warning("%s: the run before did not end; going on from what it committed", mine["of"])
+                return None
+        finally:
+            store.delete(succession)
+    return None
 
 
 def holders(store: Root, directory: Root | None = None) -> list[str]:
@@ -95,6 +117,9 @@ def _beat(store: Root, path: str, mine: dict[str, Any], beat_s: float, over: thr
         if over.wait(beat_s):
             return
         with suppress(OSError):  # the run itself will meet the same error
+            if _holder(store, path) not in (None, mine["run"]):
+                log.warning("%s: this run gave no sign for too long, and another has followed it", mine["of"])
+                return
             store.write(path, canonical({**mine, "beat": beat}))
 
 
@@ -118,7 +143,18 @@ def _read(store: Root, path: str) -> dict[str, Any] | None:
         lease = json.loads(store.read(path))
     except (FileNotFoundError, ValueError):
         return None
-    return lease if isinstance(lease, dict) and {"host", "pid", "beat"} <= lease.keys() else None
+    return lease if isinstance(lease, dict) and {"host", "pid", "run", "beat"} <= lease.keys() else None
+
+
+def _holder(store: Root, path: str) -> str | None:
+    """What tells a lease from its successor's; None where there is none."""
+    lease = _read(store, path)
+    if lease:
+        return str(lease["run"])
+    try:
+        return hashlib.sha256(store.read(path)).hexdigest()
+    except FileNotFoundError:
+        return None
 
 
 def _runs(pid: int) -> bool:

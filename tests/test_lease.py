@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -93,3 +96,51 @@ def test_a_torn_lease_counts_for_nothing(store: Root, tmp_path: Path) -> None:
 def test_runs_of_other_directories_share_a_store(store: Root, tmp_path: Path) -> None:
     with leased(store, Root(str(tmp_path / "a"))), leased(store, Root(str(tmp_path / "b"))):
         assert len(store.list(LEASES)) == 2
+
+
+HOLD = """
+import sys
+from pipeline.errors import UserError
+from pipeline.lease import leased
+from pipeline.storage import Root
+
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with leased(Root(sys.argv[1]), Root(sys.argv[2]), beat_s=0.1):
+        print("held", flush=True)
+        sys.stdin.readline()
+except UserError:
+    print("refused", flush=True)
+"""
+
+
+def test_of_several_runs_that_find_a_dead_holder_one_follows_it(tmp_path: Path) -> None:
+    store, directory = Root(str(tmp_path / "run/store")), Root(str(tmp_path / "run"))
+    path = left(store, directory, platform.node(), 2**22 + 1)
+    command = [sys.executable, "-c", HOLD, store.url, directory.url]
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE, text=True, cwd=Path(__file__).parents[1]))
+            for _ in range(4)
+        ]
+        pipes = [(run.stdin, run.stdout) for run in runs if run.stdin and run.stdout]
+        assert [out.readline() for _, out in pipes] == ["ready\n"] * 4
+        for into, _ in pipes:
+            print(file=into, flush=True)
+        assert sorted(out.readline() for _, out in pipes) == ["held\n"] + ["refused\n"] * 3
+        assert list(store.list(LEASES)) == [path]
+        for into, _ in pipes:
+            into.close()
+    assert store.list(LEASES) == {}
+
+
+def test_who_was_followed_leaves_the_lease_of_its_successor_alone(store: Root, tmp_path: Path) -> None:
+    directory = Root(str(tmp_path / "run"))
+    with leased(store, directory, beat_s=0.05):
+        (path,) = store.list(LEASES)
+        theirs = canonical({"host": "elsewhere", "pid": 1, "run": "y", "beat": 0})
+        while store.read(path) != theirs:  # a sign of life that was on its way may come after it
+            store.write(path, theirs)
+            time.sleep(0.3)
+    assert store.read(path) == theirs
