@@ -70,9 +70,7 @@ def test_a_bench_that_there_is_not_is_named(tmp_path, capsys):
 
 
 def test_rows_of_benches_that_are_not_measured_stay(tmp_path, monkeypatch):
-    save(
-        tmp_path, {"embed": [row(1.0, name="embed")], "copy": [row(1.0), row(1.1)], "decode": [row(1.2, name="decode")]}
-    )
+    save(tmp_path, {"embed": [row(1.0)], "copy": [row(1.1), row(1.2)], "decode": [row(1.3)]})
     monkeypatch.setitem(sys.modules, "jobs.benches.copy", SimpleNamespace(measure=lambda scratch: iter([row(3.0)])))
     assert main([bench], ["copy", "--out", str(tmp_path)]) == DONE
     rows = json.loads((tmp_path / "bench.json").read_text())
