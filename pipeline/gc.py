@@ -121,5 +121,5 @@ def _receipts(store: Root, path: str) -> list[dict[str, str]]:
 
 
 def _keys(store: Root, path: str) -> list[str]:
-    keys = read_record(store, path)
-    return keys if isinstance(keys, list) else [""]
+    memos = read_record(store, path)
+    return list(memos.values()) if isinstance(memos, dict) else [""]

@@ -189,10 +189,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a task: its receipts, and what it took, which differs each time and enters no record."""
+    """What came of a task: its receipts, and what it took, which differs each time and enters no record.
+
+    Attributes:
+        receipts: one for each stage of the task.
+        took: workers' time.
+        further: of the parts that a first read made along with its own (Task.after).
+    """
 
     receipts: list[Receipt]
     took: Took
+    further: list[Receipt]
 
 
 @dataclass(frozen=True)
@@ -232,36 +239,38 @@ class _Bench:
             return task.question(self.machine)
         started = time.perf_counter()
         self.phases.clear()
-        receipts = self._receipts(task)
+        receipts, further = self._receipts(task)
         took = Took(f"{socket.gethostname()} {os.getpid()}", time.perf_counter() - started, dict(self.phases))
-        return Done(receipts, took)
+        return Done(receipts, took, further)
 
-    def _receipts(self, task: Task) -> list[Receipt]:
+    def _receipts(self, task: Task) -> tuple[list[Receipt], list[Receipt]]:
         started = time.perf_counter()
         with ExitStack() as stack:
             hashing = task.listing is not None
             files = [stack.enter_context(UnitFiles(unit, self.machine, hashing)) for unit in task.units]
             if task.listing is None:
-                return self._make(task, task.keys, files)
+                return self._make(task, task.keys, files), []
             content = {role: files[0].open(role).sha256 for role in sorted(task.units[0].sources)}
             keys = tuple(digest([stage_key(stage), content]) for stage in task.stages)
             known = [read_receipt(self.store, stage, key) for stage, key in zip(task.stages, keys, strict=True)]
             receipts = [r for r in known if r] if all(known) else self._make(task, keys, files, content)
+            further: list[Receipt] = []
             if task.after:
                 self.phases["read"] += time.perf_counter() - started
-                self._go_on(task, receipts[0], files)
-            self.store.write(_listed(task.listing), sealed(keys))
-            return receipts
+                further = self._go_on(task, receipts[0], files)
+            self.store.write(_listed(task.listing), sealed({task.listing: keys[0]}))
+            return receipts, further
 
-    def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> None:
+    def _go_on(self, task: Task, read: Receipt, files: Sequence[UnitFiles]) -> list[Receipt]:
         """Make the parts that `map_together` would ask for next, so that a remote shard is fetched once."""
         parts = tuple(_part(task.name, read, output, _facts(read)) for output in read_before(task.after))
         ids, pixels = [part.id for part in parts], _pixels(parts[0])
         keys = [part_key(stage_key(stage), ids, pixels) for stage in task.after]
         todo = [at for at, key in enumerate(keys) if read_receipt(self.store, task.after[at], key) is None]
-        if todo:
-            mine = replace(task, stages=tuple(task.after[at] for at in todo), inputs=parts)
-            self._make(mine, [keys[at] for at in todo], files)
+        if not todo:
+            return []
+        mine = replace(task, stages=tuple(task.after[at] for at in todo), inputs=parts)
+        return self._make(mine, [keys[at] for at in todo], files)
 
     def _make(
         self,
@@ -311,8 +320,8 @@ def part_key(stage: str, ids: Sequence[str], pixels: Any = None) -> str:
     return digest([stage, [*ids] if pixels is None else [*ids, pixels]])
 
 
-def _listed(key: str) -> str:
-    return f"{LISTED}/{key[:2]}/{key}.json"
+def _listed(listing: str) -> str:
+    return f"{LISTED}/{listing[:2]}/{listing}.json"
 
 
 def _receipt_path(stage: str, key: str) -> str:
@@ -540,10 +549,15 @@ class Run:
         then = tuple(after) if remote else ()
         tasks = (Task(units[i].shard, (stage,), (None,), (units[i],), (), listings[i], then) for i in todo)
         if todo:
+            loose: dict[str, str] = {}
             for position, done in self._do(stage.name, tasks, len(units) - len(todo), len(units), bool(then)):
-                keys[todo[position]] = done[0]["key"]
+                loose[listings[todo[position]]] = keys[todo[position]] = done[0]["key"]
                 known.add(done[0])
-            self.store.write(_listed(digest(listings)), sealed(keys))
+                if len(loose) >= self.segment_parts:
+                    self._compact_listed(loose)
+                    loose = {}
+            if loose:
+                self._compact_listed(loose)
         return self._finish(stage, [cast(str, k) for k in keys], known, shards)
 
     def export(
@@ -631,11 +645,20 @@ class Run:
         return True
 
     def _listed(self, listings: Sequence[str]) -> list[str | None]:
-        if every := read_record(self.store, _listed(digest(listings))):
-            return cast("list[str | None]", every)
-        have = set(self.store.list(LISTED))
-        memos = (read_record(self.store, _listed(k)) if _listed(k) in have else None for k in listings)
-        return [memo[0] if memo else None for memo in memos]
+        """The key of each unit's part, as far as memos of what its files hold are there: compacted, or loose."""
+        mine, loose = set(listings), {_listed(listing) for listing in listings}
+        known: dict[str, str] = {}
+        for path in self.store.list(LISTED):
+            if path.count("/") == 1 or path in loose:
+                memos = read_record(self.store, path)
+                known |= {k: v for k, v in memos.items() if k in mine} if isinstance(memos, dict) else {}
+        return [known.get(listing) for listing in listings]
+
+    def _compact_listed(self, memos: dict[str, str]) -> None:
+        data = sealed(memos)
+        self.store.write(f"{LISTED}/{_sha256(data)[:32]}.json", data)
+        for listing in memos:
+            self.store.delete(_listed(listing))
 
     def _do(
         self, title: str, tasks: Iterator[Task], done: int, total: int, gpu: bool
@@ -665,7 +688,7 @@ class Run:
                 if "decode" in spent.phases:
                     self.progress.remark(self._verdict(spent))
                 self.progress.advance(made)
-                for receipt in result.receipts:
+                for receipt in (*result.receipts, *result.further):
                     stage = receipt["stage"]
                     loose.setdefault(stage, {})[receipt["key"]] = sealed(receipt)
                     if len(loose[stage]) >= self.segment_parts:

@@ -343,6 +343,22 @@ def test_a_file_that_is_gone_or_cut_is_written_again(tmp_path, folders, runs):
     assert repaired.outputs == before.outputs
 
 
+def test_a_remote_pool_leaves_no_loose_record_for_each_of_its_units(folders):
+    shards = Root(fresh())
+    for path in sorted(folders["webdataset"].iterdir()):
+        shards.write(path.name, path.read_bytes())
+    plain, directory, store = recipe("webdataset", shards.url, []), fresh(), fresh()
+    run = Run(Root(store), Root(directory), Serial(), MACHINE, segment_parts=1)
+    curate(run, recipe_of(plain))
+    parts = {entry["stage"]: entry["parts"] for entry in run.times}
+    assert (parts["read"], "embed" in parts) == (3, False)  # the vectors were made along with the read
+    records = Root(store)
+    for stage in ("read", "embed"):
+        assert (len(records.list(f"segments/{stage}")), records.list(f"receipts/{stage}")) == (3, {})
+    assert [path.count("/") for path in records.list("listed")] == [1] * 3
+    assert not {"read", "embed"} & done(plain, directory, store).stages.keys()
+
+
 def test_another_recipe_in_the_same_directory_leaves_nothing_behind(folders):
     url = fresh()
     plain = recipe("datacomp", folders["datacomp"])
