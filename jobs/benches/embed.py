@@ -1,18 +1,20 @@
 """Tars on disk to float16 vectors on disk, by the embed stage of a run: against its own parts, and the usual stack.
 
 The limit is one image decoded, one image forward and one caption forward after the other, each rate measured alone.
-The usual stack is webdataset, torch's DataLoader and open_clip, at the best workers and batch of those tried. Weights
-of ViT-B-32 are random: its speed does not depend on them. Pictures are those of the decode bench, 341 x 256 px.
+The usual stack is webdataset, torch's DataLoader and open_clip, for each length of captions at the best workers and
+batch of those tried. Weights of ViT-B-32 are random: its speed does not depend on them. Pictures are those of the
+decode bench, 341 x 256 px.
 """
 
 from __future__ import annotations
 
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import emoji
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader
 from webdataset import WebDataset
 
 from jobs.benches.decode import jpeg, photograph
-from jobs.benches.measure import Row, paired, seconds
+from jobs.benches.measure import RUNS, Row, compare, paired, seconds
 from pipeline.curate import curate
 from pipeline.embed import embed, framer
 from pipeline.encode import DTYPE, Encoder, numerics, resolve
@@ -40,16 +42,15 @@ from pipeline.storage import Root, UnitFiles
 from pipeline.vectors import Uint8s
 
 ARCH = "ViT-B-32"
-PAIRS, TINY_PAIRS = 192, 2048
+PAIRS, TINY_PAIRS, TRY_PAIRS = 256, 2048, 128
 SHARDS = 2
 SHORT, LONG = (1, 5), (8, 16)
 """Words of a caption, fewest and most: clip art's, and LAION's."""
 
 USUAL = {SHORT: 1.5, LONG: 1.35}
-RUNS, PEER_RUNS = 3, 5
 TWO_THREADS = Machine(device="cpu", threads=2, image_batch=32, text_batch=128)
 TWO_WORKERS = Machine(device="cpu", threads=1, workers=2, image_batch=32, text_batch=128)
-PEER_TRIES = ((0, 32), (1, 32), (2, 32))
+PEER_TRIES = tuple(product((0, 1, 2), (32, 64, 128)))
 """Workers of the DataLoader, and batch."""
 
 
@@ -130,42 +131,53 @@ def vit(scratch: Path) -> Iterator[Row]:
     pools = {words: Tars(scratch / f"vit-{words[0]}", images, captions(PAIRS, words)).write() for words in USUAL}
     yield limit_row(ARCH, pools[SHORT], scratch, model, 0.93)
     peer = usual_stack(weights)
-    rates = {tried: PAIRS / seconds(partial(peer, pools[SHORT], *tried)) for tried in PEER_TRIES}
-    workers, batch = max(rates, key=rates.__getitem__)
     for words, pool in pools.items():
-        own = embedding(pool, scratch / f"own-{words[0]}", model)
-        own()
-        pairs = [(PAIRS / seconds(own), PAIRS / seconds(partial(peer, pool, workers, batch))) for _ in range(PEER_RUNS)]
-        name = f"embed: {ARCH}, captions of {words[0]} to {words[1]} words"
-        against = f"webdataset, DataLoader ({workers} workers, batch {batch}), open_clip"
-        yield paired(name, against, USUAL[words], "pairs/s", pairs)
+        some = Tars(scratch / f"some-{words[0]}", images[:TRY_PAIRS], pool.captions[:TRY_PAIRS]).write()
+        peer(some, *PEER_TRIES[0])
+        taken_s = {tried: seconds(partial(peer, some, *tried)) for tried in PEER_TRIES}
+        workers, batch = min(taken_s, key=taken_s.__getitem__)
+        yield compare(
+            f"embed: {ARCH}, captions of {words[0]} to {words[1]} words",
+            f"webdataset, DataLoader ({workers} workers, batch {batch}), open_clip",
+            *(USUAL[words], "pairs/s", PAIRS),
+            embedding(pool, scratch / f"own-{words[0]}", model),
+            partial(peer, pool, workers, batch),
+        )
 
 
 def limit_row(name: str, pool: Tars, scratch: Path, model: dict[str, str], target: float) -> Row:
     """The stage against the sum of its parts, on the same threads, batches and precision."""
-    machine = TWO_THREADS
     own = embedding(pool, scratch / name, model)
+    alone = passes(model, TWO_THREADS, pool.images, pool.captions)
+    own()
+    pairs = []
+    for _ in range(RUNS):
+        limit_s = alone()
+        pairs.append((len(pool.images) / seconds(own), len(pool.images) / limit_s))
+    return paired(f"embed: {name}", "decode, image and text forward alone", target, "pairs/s", pairs)
+
+
+def passes(
+    model: dict[str, str], machine: Machine, images: Sequence[bytes], captions: Sequence[str]
+) -> Callable[[], float]:
+    """A function that decodes images, and passes them and captions forward, each alone: the sum of their seconds."""
     encoder = Encoder(resolve(model.get("arch"), model["weights"]), numerics(machine), machine.threads)
     frame = framer([encoder.framing], fast=False)
 
     def frames() -> list[Uint8s]:
-        return [framed[0] for image in pool.images if isinstance(framed := frame(image), tuple)]
+        return [framed[0] for image in images if isinstance(framed := frame(image), tuple)]
 
-    batches = np.split(np.stack(frames()), range(machine.image_batch, len(pool.images), machine.image_batch))
+    frames_NHWC = np.stack(frames())
+    batches = np.split(frames_NHWC, range(machine.image_batch, len(frames_NHWC), machine.image_batch))
 
     def forward() -> None:
         for frames_BHWC in batches:
             encoder.images(frames_BHWC)()
 
     def texts() -> None:
-        encoder.texts(pool.captions, machine.text_batch)
+        encoder.texts(captions, machine.text_batch)
 
-    own()
-    pairs = []
-    for _ in range(RUNS):
-        limit_s = sum(map(seconds, (frames, forward, texts)))
-        pairs.append((len(pool.images) / seconds(own), len(pool.images) / limit_s))
-    return paired(f"embed: {name}", "decode, image and text forward alone", target, "pairs/s", pairs)
+    return lambda: sum(map(seconds, (frames, forward, texts)))
 
 
 def embedding(pool: Tars, folder: Path, model: dict[str, str]) -> Callable[[], None]:

@@ -1,8 +1,9 @@
 """The same work by one Ray worker and by two, of one thread each: embed, dedup, write; and what the machine allows.
 
-Both crews are there all the time and have done the same before; one idles while the other is timed. Two virtual cores
-may be one, and others may use it: so each kind of work stands beside what needs nothing but the machine, measured in
-the same workers in turn with it. That is matrix products; for `write`, plain copies of the pool's files in its folder.
+Both crews are there all the time and have done the same before; one idles while the other is timed, and each goes first
+in every other pair. Two virtual cores may be one, and others may use it: so each kind of work stands beside what needs
+nothing but the machine, measured in the same workers in turn with it. That is matrix products; for `write`, plain
+copies of the pool's files in its folder.
 
 What is timed is a stage that goes on for long: 12 to 40 tasks for each worker, models loaded, code imported, the pool
 listed and read. Left out, since no worker shares it: the start of Ray and of the workers, k-means on its sample, the
@@ -90,9 +91,10 @@ def beside(crews: Sequence[Executor], folder: Path, name: str, rows: int, work: 
     found: list[list[tuple[float, float]]] = [[], []]
     for run in range(RUNS + 1):
         for pairs, done, seconds_of in zip(found, (rows, amount), (work, bare), strict=True):
-            one, two = (done / seconds_of(folder, crew, 2 * run + at) for at, crew in enumerate(crews))
+            first_and_last = (0, 1) if run % 2 else (1, 0)
+            rates = {at: done / seconds_of(folder, crews[at], 2 * run + at) for at in first_and_last}
             if run:  # the first one loads what is needed
-                pairs.append((two, one))
+                pairs.append((rates[1], rates[0]))
     yield paired(f"scaling: {name}, 2 Ray workers", "1 Ray worker", 1.8, "rows/s", found[0])
     yield paired(f"scaling: the machine beside it, {kind}, 2 Ray workers", "1 Ray worker", 1.8, unit, found[1])
 
