@@ -22,8 +22,7 @@ from pipeline.bloom import may_hold
 from pipeline.decide import READ
 from pipeline.errors import UserError
 from pipeline.recipe import Rule
-from pipeline.record import Record, Unreadable, decisions_of, load_record, receipts_of, rows_of
-from pipeline.run import Receipt
+from pipeline.record import AsRead, Record, Unreadable, as_read, decisions_of, load_record, rows_of
 from pipeline.schema import DECISION
 from pipeline.select.cut import Cut
 from pipeline.select.dedup import Dedup
@@ -82,12 +81,13 @@ def explain(directory: Root, store: Root, uid: str) -> list[Explained]:
     if not UID.fullmatch(uid):
         raise UserError(f"{uid}: a uid is 32 hex digits")
     record = load_record(directory)
+    pool = _pool(store, record)
     found = []
     first = 0
     for path in decisions_of(directory):
         rows, count = rows_of_uid(directory, path, uid)
         for at, row in rows:
-            read = _as_read(store, record, first + at)
+            read = _row_as_read(store, pool, first + at)
             found.append(_explained(directory, record, row, read, path.rpartition("/")[2]))
         first += count
     if not found:
@@ -112,21 +112,25 @@ def rows_of_uid(directory: Root, path: str, uid: str) -> tuple[list[tuple[int, d
     return found, first
 
 
-def _as_read(store: Root, record: Record, row: int) -> tuple[pa.Table, pa.Table] | None:
-    """The sample at a position in the pool and its metadata, one row each; None where the store is not at hand."""
+def _pool(store: Root, record: Record) -> AsRead | None:
+    """The pool as it was read; None where the store is not at hand."""
     try:
-        receipts = receipts_of(store, record.manifest("read"))
-        ends = list(accumulate(receipt["files"]["samples"]["rows"] for receipt in receipts))
-        part = bisect_right(ends, row)
-        at = row - (ends[part - 1] if part else 0)
-        samples, columns = (_row(store, receipts[part], output, at) for output in ("samples", "columns"))
+        return as_read(store, record)
     except Unreadable:
         return None
-    return samples, columns
 
 
-def _row(store: Root, receipt: Receipt, output: str, at: int) -> pa.Table:
-    return rows_of(store, receipt, output).slice(at, 1)
+def _row_as_read(store: Root, pool: AsRead | None, row: int) -> tuple[pa.Table, pa.Table] | None:
+    """The sample at a position in the pool and its metadata, one row each; None where the store is not at hand."""
+    if pool is None:
+        return None
+    ends = list(accumulate(pool.rows))
+    unit = bisect_right(ends, row)
+    at = row - (ends[unit - 1] if unit else 0)
+    try:
+        return rows_of(store, pool.samples[unit]).slice(at, 1), rows_of(store, pool.columns[unit]).slice(at, 1)
+    except Unreadable:
+        return None
 
 
 def _explained(

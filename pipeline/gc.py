@@ -87,7 +87,7 @@ def unreferred(store: Root, kept: Referred, now_s: float) -> Iterator[Unreferred
         if path not in kept.manifests:
             yield Unreferred(path, count)
     for path, count in store.list(SEGMENTS).items():
-        if not {receipt["key"] for receipt in _receipts(store, path)} <= kept.keys:
+        if not _keys_packed(store, path) <= kept.keys:
             yield Unreferred(path, count)
     for path, count in store.list(LOOSE).items():
         if path.rpartition("/")[2].removesuffix(".json") not in kept.keys:
@@ -113,11 +113,11 @@ def stale(store: Root, now_s: float) -> Iterator[Unreferred]:
                 yield Unreferred(path.relative_to(local).as_posix(), path.stat().st_size)
 
 
-def _receipts(store: Root, path: str) -> list[dict[str, str]]:
+def _keys_packed(store: Root, path: str) -> set[str]:
     try:
-        return in_order(store.read(path))
+        return {receipt["key"] for receipt in in_order(store.read(path))}
     except ValueError:
-        return [{"key": ""}]
+        return {""}
 
 
 def _keys(store: Root, path: str) -> list[str]:

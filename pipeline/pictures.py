@@ -24,8 +24,7 @@ from pipeline.executor import Failure, attempt
 from pipeline.images import Undecodable, decode
 from pipeline.machine import Machine
 from pipeline.pool import FORMATS, Pool, list_units
-from pipeline.record import batches, decisions_of, rows_of
-from pipeline.run import Receipt
+from pipeline.record import AsRead, batches, decisions_of, rows_of
 from pipeline.stage import Unit
 from pipeline.storage import Root, UnitFiles
 
@@ -83,39 +82,41 @@ def identify(
     for path in decisions_of(directory):
         for table in batches(directory, path, ["uid", "shard", "key"]):
             here = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(table))] - first
-            twins = np.flatnonzero(pc.is_in(table.column("uid"), named)) if len(named) else np.zeros(0, np.int64)
-            at = np.union1d(here, twins)
+            equal = np.flatnonzero(pc.is_in(table.column("uid"), named)) if len(named) else np.zeros(0, np.int64)
+            twins = np.zeros(len(table), bool)
+            for position, uid in zip(
+                equal.tolist(), table.column("uid").take(pa.array(equal)).to_pylist(), strict=True
+            ):
+                if len(rows_of_uid[uid]) < 2:
+                    rows_of_uid[uid].append(first + position)
+                    twins[position] = True
+            at = np.union1d(here, np.flatnonzero(twins))
             for position, values in zip(at.tolist(), table.take(pa.array(at)).to_pylist(), strict=True):
                 found[first + position] = Identity(**values)
-            for position in twins.tolist():
-                known = rows_of_uid[found[first + position].uid]
-                if len(known) < 2:
-                    known.append(first + position)
             first += len(table)
     return found, dict(rows_of_uid)
 
 
-def spoken_units(receipts: Sequence[Receipt]) -> list[int]:
+def spoken_units(read: AsRead) -> list[int]:
     """Evenly spread units that hold about SPOKEN_ROWS rows."""
-    rows = sum(r["files"]["samples"]["rows"] for r in receipts)
-    return list(range(0, len(receipts), max(1, -(-rows // SPOKEN_ROWS))))
+    return list(range(0, len(read.samples), max(1, -(-sum(read.rows) // SPOKEN_ROWS))))
 
 
-def ranges_of(receipts: Sequence[Receipt], units: Sequence[int]) -> list[range]:
+def ranges_of(read: AsRead, units: Sequence[int]) -> list[range]:
     """Rows of some units, as ordinals in the pool."""
-    starts = [0, *accumulate(r["files"]["samples"]["rows"] for r in receipts)]
+    starts = [0, *accumulate(read.rows)]
     return [range(starts[u], starts[u + 1]) for u in units]
 
 
 def look(
-    rows: Mapping[int, Identity], store: Root, receipts: Sequence[Receipt], pool: Pool, machine: Machine
+    rows: Mapping[int, Identity], store: Root, read: AsRead, pool: Pool, machine: Machine
 ) -> tuple[dict[int, Seen], str | None]:
     """Captions from the store, pictures from the pool.
 
     Args:
         rows: ordinal -> identity.
         store: of the run.
-        receipts: of the dataset `read`; empty where the store cannot be read.
+        read: the pool as it was read; empty where the store cannot be read.
         pool: as the recipe has it.
         machine: how storage is reached.
 
@@ -123,17 +124,17 @@ def look(
         The rows as they are shown, and why pictures are missing, if they are.
     """
     seen = {row: Seen(i.uid, i.shard, i.key) for row, i in rows.items()}
-    if not receipts:
+    if not read.samples:
         return seen, None
     listed = attempt(lambda p: {u.shard: u for u in list_units(p, machine.storage_options)}, pool)
     units: dict[str, Unit] = {} if isinstance(listed, Failure) else listed
-    starts = np.cumsum([0, *(r["files"]["samples"]["rows"] for r in receipts)])
+    starts = np.cumsum([0, *read.rows])
     by_unit: dict[int, list[int]] = defaultdict(list)
     for row in sorted(rows):
         by_unit[int(np.searchsorted(starts, row, side="right")) - 1].append(row)
     left, failed = MAX_PICTURE_BYTES, 0
     for unit, mine in by_unit.items():
-        samples = rows_of(store, receipts[unit], "samples").take(pa.array(np.array(mine) - starts[unit]))
+        samples = rows_of(store, read.samples[unit]).take(pa.array(np.array(mine) - starts[unit]))
         shard = units.get(rows[mine[0]].shard)
         pictures = attempt(partial(_pictures, samples, pool.format, machine), shard) if shard else None
         if pictures is None or isinstance(pictures, Failure):
@@ -178,11 +179,11 @@ def thumbnail(data: bytes) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def captions_of(store: Root, receipts: Sequence[Receipt], units: Sequence[int]) -> list[str]:
+def captions_of(store: Root, read: AsRead, units: Sequence[int]) -> list[str]:
     """Captions of all rows of some units, empty where there is none."""
     found: list[str] = []
     for unit in units:
-        column = rows_of(store, receipts[unit], "samples", ["caption"]).column("caption")
+        column = rows_of(store, read.samples[unit], ["caption"]).column("caption")
         found += pc.fill_null(column, "").to_pylist()
     return found
 

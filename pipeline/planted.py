@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.decide import READ
-from pipeline.record import batches, decisions_of, rows_of
-from pipeline.run import Receipt
+from pipeline.record import AsRead, batches, decisions_of, rows_of
 from pipeline.step import table_texts
 from pipeline.storage import Root
 
@@ -30,10 +30,10 @@ CATCHERS = {
 """Fault -> the rules that are meant to catch it."""
 
 
-def has_planted(receipts: Sequence[Receipt]) -> bool:
+def has_planted(read: AsRead) -> bool:
     """Whether a pool tells what was planted in it, and is small enough to be looked at."""
-    rows = sum(r["files"]["samples"]["rows"] for r in receipts)
-    return rows <= MAX_ROWS and any("planted" in r["facts"].get("columns", ()) for r in receipts)
+    facts = (json.loads(file.facts) for part in read.columns for file in part.files)
+    return sum(read.rows) <= MAX_ROWS and any("planted" in f.get("columns", ()) for f in facts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Told:
     duplicate_of: list[str | None]
 
 
-def told(directory: Root, store: Root, receipts: Sequence[Receipt]) -> Told:
+def told(directory: Root, store: Root, read: AsRead) -> Told:
     """Read it from the decisions, and from the pool's own columns in the store.
 
     Raises:
@@ -62,8 +62,8 @@ def told(directory: Root, store: Root, receipts: Sequence[Receipt]) -> Told:
     """
     planted: list[str | None] = []
     original: list[str | None] = []
-    for receipt in receipts:
-        columns = rows_of(store, receipt, "columns")
+    for part in read.columns:
+        columns = rows_of(store, part)
         planted += table_texts(columns, "planted")
         original += table_texts(columns, "planted_of")
     names = ["uid", "key", "step", "duplicate_of"]

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from pipeline.config import parse_yaml
 from pipeline.errors import PairsieveError, UserError
-from pipeline.parts import File, Part, StoredRows
+from pipeline.parts import Listed, Part, StoredRows
 from pipeline.recipe import Recipe, recipe_of
-from pipeline.run import MANIFESTS, Receipt, in_order
+from pipeline.run import MANIFESTS, Receipt, files_of, in_order
 from pipeline.storage import Root, redacted
 
 BATCH_ROWS = 1 << 16
@@ -75,33 +75,65 @@ def load_record(directory: Root) -> Record:
         raise Unreadable("recipe.yaml or run.json", f"damaged: {error}") from None
 
 
-def receipts_of(store: Root, manifest: str) -> list[Receipt]:
+def receipts_of(store: Root, manifest: str) -> Iterator[Receipt]:
     """The receipts of a dataset, in the order of its parts.
 
     Raises:
         Unreadable: the manifest is missing or damaged.
     """
     try:
-        return in_order(store.read(manifest))
+        yield from in_order(store.read(manifest))
     except FileNotFoundError:
         raise Unreadable(manifest, "not in the store") from None
     except ValueError as error:
         raise Unreadable(manifest, str(error)) from None
 
 
-def rows_of(store: Root, receipt: Receipt, output: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows that a receipt names.
+@dataclass(frozen=True)
+class AsRead:
+    """The pool as it was read: one part of each for each shard, named after it.
+
+    Attributes:
+        samples, columns: as stage `read` gave them.
+    """
+
+    samples: Sequence[Part] = ()
+    columns: Sequence[Part] = ()
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each shard."""
+        return [file.rows for part in self.samples for file in part.files]
+
+
+def as_read(store: Root, record: Record) -> AsRead:
+    """What a finished run read.
 
     Raises:
-        Unreadable: the file is missing.
+        Unreadable: the manifest is missing or damaged.
+    """
+    names: list[str] = []
+
+    def named() -> Iterator[Receipt]:
+        for receipt in receipts_of(store, record.manifest("read")):
+            names.append(receipt["name"])
+            yield receipt
+
+    files = files_of("read", ("samples", "columns"), named())
+    return AsRead(*(Listed(names, files[output]) for output in ("samples", "columns")))
+
+
+def rows_of(store: Root, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a part.
+
+    Raises:
+        Unreadable: its file is missing.
         DamagedPart: it holds other bytes.
     """
-    file = receipt["files"][output]
-    part = Part(receipt["name"], (File(file["path"], file["sha256"], file["bytes"], file["rows"]),))
     try:
         return StoredRows(store, part).table(columns)
     except FileNotFoundError:
-        raise Unreadable(file["path"], "not in the store") from None
+        raise Unreadable(part.files[0].path, "not in the store") from None
 
 
 def batches(directory: Root, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

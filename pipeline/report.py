@@ -37,8 +37,7 @@ from pipeline.pictures import (
     spoken_units,
 )
 from pipeline.planted import caught, has_planted, told
-from pipeline.record import Record, batches, load_record, parts_of, receipts_of, rows_of
-from pipeline.run import Receipt
+from pipeline.record import AsRead, Record, as_read, batches, load_record, parts_of, rows_of
 from pipeline.storage import Root, redacted
 from pipeline.tally import NEAR, Concepts, StepTally, Tally, tally
 
@@ -99,15 +98,15 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
     funnel, recipe = record.funnel, record.recipe
     listed, kept = funnel[0][1], funnel[-1][2]
     names = [step for step, _, _ in funnel[1:]]
-    receipts, missing = _receipts(store, record, listed)
-    units = spoken_units(receipts)
-    counted = tally(directory, record, listed, ranges_of(receipts, units))
+    read, missing = _as_read(store, record, listed)
+    units = spoken_units(read)
+    counted = tally(directory, record, listed, ranges_of(read, units))
     control = controls(counted.drawn, names, recipe.seed)
-    seen, originals, note = _looked(directory, store, receipts, record, machine, counted)
+    seen, originals, note = _looked(directory, store, read, record, machine, counted)
     if missing:
         note = f"The store of this run could not be read ({missing}), so there are no captions and no pictures here."
-    spoken = captions_of(store, receipts, units) if any(s.concepts for s in counted.steps) else []
-    at = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges_of(receipts, units))])
+    spoken = captions_of(store, read, units) if any(s.concepts for s in counted.steps) else []
+    at = np.concatenate([np.zeros(0, np.int64), *(np.arange(r.start, r.stop) for r in ranges_of(read, units))])
     shown = _Shown(seen, originals)
     about = record.about
     paths = recipe.pool.path if isinstance(recipe.pool.path, list) else [recipe.pool.path]
@@ -127,7 +126,7 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
         ],
         "control": {"stride": counted.drawn.stride, "pool": control["pool"]},
         "problems": _problems(directory),
-        "planted": caught(told(directory, store, receipts), names) if receipts and has_planted(receipts) else None,
+        "planted": caught(told(directory, store, read), names) if has_planted(read) else None,
         "times": _times(json.loads(directory.read("times.json")), listed, machine.prices),
         "versions": about["versions"],
         "models": about["models"],
@@ -136,24 +135,24 @@ def gather(directory: Root, store: Root, machine: Machine, record: Record) -> tu
     }, seen
 
 
-def _receipts(store: Root, record: Record, listed: int) -> tuple[list[Receipt], str]:
-    """Of the dataset `read`; none, and why, where the store cannot give it."""
+def _as_read(store: Root, record: Record, listed: int) -> tuple[AsRead, str]:
+    """The pool as it was read; nothing, and why, where the store cannot give it."""
     try:
-        receipts = receipts_of(store, record.manifest("read"))
-        for receipt in receipts[:1]:
-            rows_of(store, receipt, "samples", ["uid"])
+        read = as_read(store, record)
+        for part in read.samples[:1]:
+            rows_of(store, part, ["uid"])
     except IndexError:
-        return [], "run.json names no samples in it"
+        return AsRead(), "run.json names no samples in it"
     except PairsieveError as error:
-        return [], str(error)
+        return AsRead(), str(error)
     except OSError as error:
-        return [], type(error).__name__
-    rows = sum(r["files"]["samples"]["rows"] for r in receipts)
-    return (receipts, "") if rows == listed else ([], f"{rows} rows in it, {listed} listed")
+        return AsRead(), type(error).__name__
+    rows = sum(read.rows)
+    return (read, "") if rows == listed else (AsRead(), f"{rows} rows in it, {listed} listed")
 
 
 def _looked(
-    directory: Root, store: Root, receipts: Sequence[Receipt], record: Record, machine: Machine, counted: Tally
+    directory: Root, store: Root, read: AsRead, record: Record, machine: Machine, counted: Tally
 ) -> tuple[dict[int, Seen], dict[str, list[int]], str | None]:
     """The rows to show as they are shown, the rows of each original's uid, and why pictures are missing."""
     rows: set[int] = set()
@@ -166,7 +165,7 @@ def _looked(
         if step.rule_name == "dedup":
             originals.update(u for table in mine for u in table.column("of").to_pylist() if u)
     found, rows_of_uid = identify(directory, rows, originals)
-    seen, note = look(found, store, receipts, record.recipe.pool, machine)
+    seen, note = look(found, store, read, record.recipe.pool, machine)
     return seen, rows_of_uid, note
 
 

@@ -734,7 +734,7 @@ class Run:
             del data
         self.manifests[path] = self.whole[path]
         self.store.delete(_failed(stage.name))
-        files = _files(stage, (found[key] for key in keys))
+        files = files_of(stage.name, stage.outputs, (found[key] for key in keys))
         self.stored_bytes.setdefault(stage.name, {})[path] = sum(f.bytes for every in files.values() for f in every)
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
@@ -763,21 +763,17 @@ def _pack(keys: Sequence[str], records: Iterable[bytes]) -> memoryview:
 def _unpacked(path: str, data: bytes) -> Iterator[Receipt]:
     """The receipts of a manifest or a segment, up to the first that is damaged."""
     try:
-        yield from _records(data)
+        yield from in_order(data)
     except ValueError as error:
         log.warning("%s: %s; what it stands for is made again", path, error)
 
 
-def in_order(data: bytes) -> list[Receipt]:
+def in_order(data: bytes) -> Iterator[Receipt]:
     """The receipts that a manifest or a segment holds; those of a manifest in the order of the dataset's parts.
 
     Raises:
         ValueError: they are damaged.
     """
-    return list(_records(data))
-
-
-def _records(data: bytes) -> Iterator[Receipt]:
     try:
         for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(RECEIPT_BATCH, columns=["receipt"]):
             for record in batch.column("receipt").to_pylist():
@@ -786,10 +782,10 @@ def _records(data: bytes) -> Iterator[Receipt]:
         raise ValueError(f"not a list of receipts: {' '.join(str(error).split())}") from None
 
 
-def _files(stage: Stage, receipts: Iterable[Receipt]) -> dict[str, Committed]:
+def files_of(stage: str, outputs: Sequence[str], receipts: Iterable[Receipt]) -> dict[str, Committed]:
     """The files of each output of a stage, in the order of the receipts."""
     facts: list[str] = []
-    packed = {output: bytearray() for output in stage.outputs}
+    packed = {output: bytearray() for output in outputs}
     for receipt in receipts:
         text = _facts(receipt)
         facts.append(facts[-1] if facts and facts[-1] == text else text)
@@ -797,7 +793,7 @@ def _files(stage: Stage, receipts: Iterable[Receipt]) -> dict[str, Committed]:
             f = receipt["files"][output]
             key, sha256 = bytes.fromhex(receipt["key"]), bytes.fromhex(f["sha256"])
             rows += PACKED.pack(key, sha256, f["bytes"], f["rows"], f["buckets"])
-    return {output: Committed(stage.name, output, bytes(rows), facts) for output, rows in packed.items()}
+    return {output: Committed(stage, output, bytes(rows), facts) for output, rows in packed.items()}
 
 
 def _facts(receipt: Receipt) -> str:

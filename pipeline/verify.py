@@ -28,7 +28,7 @@ from pipeline.formats.tar import walk
 from pipeline.machine import Machine
 from pipeline.parts import DamagedPart
 from pipeline.pool import list_units
-from pipeline.record import Record, Unreadable, batches, load_record, parts_of, receipts_of, rows_of
+from pipeline.record import Record, Unreadable, as_read, batches, load_record, parts_of, receipts_of, rows_of
 from pipeline.stage import Unit
 from pipeline.storage import Root, UnitFiles, sha256_of
 from pipeline.write import SUBSET, member_bytes
@@ -72,7 +72,7 @@ def verify(directory: Root, store: Root, machine: Machine) -> Iterator[Differenc
         partial(against_checksums, directory, store, record),
         partial(stored, store, record),
         partial(accounted, directory, record),
-        partial(as_read, directory, store, record),
+        partial(decided_as_read, directory, store, record),
         partial(outputs, directory, store, record, machine),
     ):
         try:
@@ -170,7 +170,7 @@ def accounted(directory: Root, record: Record) -> Iterator[Difference]:
             yield Difference("decisions", f"{step} dropped {dropped[step]}, run.json says {expected.get(step, 0)}")
 
 
-def as_read(directory: Root, store: Root, record: Record) -> Iterator[Difference]:
+def decided_as_read(directory: Root, store: Root, record: Record) -> Iterator[Difference]:
     """The decisions have one row for each sample that reading the pool listed, in its order."""
     for _, decided, samples in shards_of(directory, store, record):
         same = pc.and_(
@@ -223,15 +223,15 @@ def shards_of(directory: Root, store: Root, record: Record) -> Iterator[tuple[st
     Raises:
         Unreadable: the decisions have more or fewer rows than were read.
     """
-    receipts = (r for r in receipts_of(store, record.manifest("read")) if r["files"]["samples"]["rows"])
+    parts = (part for part in as_read(store, record).samples if part.files[0].rows)
     for decided in _by_shard(directory):
-        shard, receipt = decided.column("shard")[0].as_py(), next(receipts, None)
-        read = receipt["files"]["samples"]["rows"] if receipt else 0
-        if receipt is None or decided.num_rows != read:
+        shard, part = decided.column("shard")[0].as_py(), next(parts, None)
+        read = part.files[0].rows if part else 0
+        if part is None or decided.num_rows != read:
             raise Unreadable("decisions", f"{decided.num_rows} rows of {shard}, but {read} were read")
-        yield shard, decided, rows_of(store, receipt, "samples", ["uid", "key", "members"])
-    if receipt := next(receipts, None):
-        raise Unreadable("decisions", f"no row of {receipt['name']}, which was read")
+        yield shard, decided, rows_of(store, part, ["uid", "key", "members"])
+    if part := next(parts, None):
+        raise Unreadable("decisions", f"no row of {part.name}, which was read")
 
 
 def _by_shard(directory: Root) -> Iterator[pa.Table]:

@@ -95,7 +95,7 @@ def test_every_stage_of_a_run_accounts_for_every_row(tmp_path: Path, record_prop
     listed = record.funnel[0][1]
     balanced = 0
     for manifest in record.manifests:
-        receipts = receipts_of(Root(f"{run}/store"), manifest)
+        receipts = list(receipts_of(Root(f"{run}/store"), manifest))
         if "entered" in receipts[0]["facts"]:
             for facts in (receipt["facts"] for receipt in receipts):
                 assert facts["entered"] == facts["alive"] + sum(facts["dropped"].values()), manifest

@@ -417,6 +417,20 @@ def test_rows_are_found_by_ordinal_and_by_uid(written: Path) -> None:
     assert by_uid == {uid[70]: [70]}
 
 
+def test_of_rows_with_one_uid_the_first_two_are_held(tmp_path: Path) -> None:
+    (tmp_path / "decisions").mkdir()
+    for part in range(2):
+        columns = {"uid": ["a" * 32] * 9, "shard": [f"{part}.tar"] * 9, "key": [str(n) for n in range(9)]}
+        pq.write_table(pa.table(columns), tmp_path / f"decisions/{part:08d}.parquet")
+    rows, by_uid = identify(Root(str(tmp_path)), [12], ["a" * 32])
+    assert by_uid == {"a" * 32: [0, 1]}
+    assert {row: (i.shard, i.key) for row, i in rows.items()} == {
+        0: ("0.tar", "0"),
+        1: ("0.tar", "1"),
+        12: ("1.tar", "3"),
+    }
+
+
 def test_a_concepts_words_are_those_the_others_lack() -> None:
     cats = ["cat photo", "the black cat photo", "cat photo sleeps", "cat photo and the dog", "rare cat photo"]
     dogs = ["the dog barks", "a brown dog", "dog in the sun", "the dog runs", "a dog and the ball"]

@@ -612,7 +612,7 @@ def test_a_manifest_of_several_batches_holds_every_receipt_in_order(tmp_path: Pa
     manifest = pq.ParquetFile(io.BytesIO(data))
     assert manifest.metadata.num_row_groups == 3
     assert manifest.read().column("key").to_pylist() == keys
-    assert in_order(data) == [{**found[key], "name": key} for key in keys]
+    assert list(in_order(data)) == [{**found[key], "name": key} for key in keys]
 
 
 def test_the_manifest_of_equal_units_does_not_tell_which_of_them_was_made_first(tmp_path: Path) -> None:
