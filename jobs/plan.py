@@ -29,8 +29,8 @@ def plan(
     # torch takes seconds to import: only where the recipe is right.
     from pipeline.probe import probe
 
-    found = probe(wanted, here)
-    planned = predict(wanted, found.facts.scaled(rows, bytes), found.speeds, found.capacity)
+    found = probe(wanted, here, rows, bytes)
+    planned = predict(wanted, found.facts, found.speeds, found.capacity)
     show(planned)
     if here.prices:
         show_money(planned, here.prices)

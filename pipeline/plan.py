@@ -2,7 +2,7 @@
 
 Costs grow as the algorithms do: reading with the pool's bytes, embedding with its images, k-means with rows x clusters,
 dedup with rows x rows of a cluster, the rest with rows. Seconds are those of busy workers; that they share the work
-evenly and nothing is lost is assumed.
+evenly, as far as it has parts enough, and nothing is lost is assumed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS
 from pipeline.costs import embedding_seconds, verdict
+from pipeline.kmeans import LAST, stride
 from pipeline.recipe import Network, Recipe, Rule
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.cut import Cut
@@ -92,6 +93,32 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What a clustering step computes with.
+
+    Attributes:
+        rows: survivors that enter it, at least one.
+        clusters: K.
+        dims: D.
+        sample: rows that k-means trains on, in one process.
+    """
+
+    rows: int
+    clusters: int
+    dims: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Multiply-adds a second of one worker: of k-means, of the exact assignment, of comparing inside a cluster."""
+
+    train: float
+    assign: float
+    compare: float
+
+
+@dataclass(frozen=True)
 class Speeds:
     """What one worker takes.
 
@@ -100,16 +127,14 @@ class Speeds:
         embed_s: per image, by phase (costs.PHASES), of all models together; decoding per byte of the pool below.
         decode_s: processor seconds per byte of the pool.
         write_s: per byte that is copied into the filtered shards.
-        train, assign, compare: multiply-adds a second of k-means, of the exact assignment, of dedup.
+        kernels: number of a clustering step (from 1) -> its rates, at its own shape.
     """
 
     read_s: float
     embed_s: Mapping[str, float]
     decode_s: float
     write_s: float
-    train: float
-    assign: float
-    compare: float
+    kernels: Mapping[int, Kernels]
 
 
 @dataclass(frozen=True)
@@ -192,7 +217,8 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
     embedded = _embedded(recipe, facts, usable) if networks else 0
     row_bytes = facts.pool_bytes / facts.rows
 
-    lines = [_line("read", facts.pool_bytes * speeds.read_s, capacity)]
+    groups = -(-facts.shards // GROUP_UNITS)
+    lines = [_line("read", facts.pool_bytes * speeds.read_s, capacity, facts.shards)]
     vector_bytes = {
         name: 2 * facts.dims[name] * len(model.sides) * (embedded if name in networks else usable)
         for name, model in recipe.models.items()
@@ -201,27 +227,28 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
     if networks:
         each = {**speeds.embed_s, "decode": speeds.decode_s * row_bytes}
         bound = verdict(each, capacity.gpus or capacity.workers, capacity.decoders)
-        lines.append(_embedding(embedded * embedding_seconds(each, capacity.decoders), capacity))
+        lines.append(_embedding(embedded * embedding_seconds(each, capacity.decoders), capacity, facts.shards))
     if len(networks) < len(recipe.models):
         own = sum(size for name, size in vector_bytes.items() if name not in networks)
-        lines.append(_line("arrays", own * ARRAY_S, capacity))
+        lines.append(_line("arrays", own * ARRAY_S, capacity, facts.shards))
 
-    alive, unpredictable, step_bytes = usable, list[str](), 0.0
+    entering, unpredictable = survivors(recipe, facts)
+    clustered, step_bytes = shapes(recipe, facts), 0.0
     for number, (kind, rule) in enumerate(recipe.select, 1):
-        name = f"{number:02d}-{kind}"
-        shared, serial = _step_seconds(rule, alive, facts, speeds)
-        held = 4 * facts.dims[owner(rule)] * sample_rows(rule, alive) if isinstance(rule, (Dedup, Density)) else 0
-        lines.append(replace(_line(name, shared, capacity, serial), serial_bytes=held))
-        vector = 2 * facts.dims[owner(rule)] if isinstance(rule, Dedup) else 0
-        step_bytes += alive * (ENTERED[type(rule)].bytes + vector)
-        left = _left(rule, alive, facts, number)
-        if left is None:
-            unpredictable.append(name)
-        alive = alive if left is None else left
+        entered, shape = entering[number - 1], clustered.get(number)
+        shared, serial, held = entered * ENTERED[type(rule)].seconds, 0.0, 0
+        step_bytes += entered * ENTERED[type(rule)].bytes
+        if isinstance(rule, (Dedup, Density)) and shape:
+            more, serial = _clustering_seconds(rule, shape, speeds.kernels[number])
+            shared, held = shared + more, 4 * shape.dims * shape.sample
+            step_bytes += 2 * shape.dims * (shape.sample + (shape.rows if isinstance(rule, Dedup) else 0))
+        lines.append(replace(_line(f"{number:02d}-{kind}", shared, capacity, groups, serial), serial_bytes=held))
+    alive = entering[-1]
 
-    lines.append(_line("decide", facts.rows * LISTED.seconds, capacity))
+    lines.append(_line("decide", facts.rows * LISTED.seconds, capacity, groups))
     copied = alive * row_bytes if _writes_tars(recipe) else 0.0
-    lines.append(_line("write", alive * KEPT.seconds + copied * speeds.write_s, capacity))
+    written = _written_shards(recipe, alive)
+    lines.append(_line("write", alive * KEPT.seconds + copied * speeds.write_s, capacity, written))
     stored = {
         "samples": facts.rows * facts.listing_bytes,
         "vectors": float(sum(vector_bytes.values())),
@@ -230,7 +257,33 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
     }
     read_bytes = facts.pool_bytes + copied
     requests = _requests(recipe, facts, len(networks), alive)
-    return Plan(facts.rows, embedded, alive, tuple(unpredictable), tuple(lines), read_bytes, stored, requests, bound)
+    return Plan(facts.rows, embedded, alive, unpredictable, tuple(lines), read_bytes, stored, requests, bound)
+
+
+def survivors(recipe: Recipe, facts: Facts) -> tuple[list[int], tuple[str, ...]]:
+    """Rows that enter each step, and last those that are left; and the steps whose drops nobody knows before."""
+    alive, unpredictable = [round(facts.rows * facts.usable)], []
+    for number, (kind, rule) in enumerate(recipe.select, 1):
+        left = _left(rule, alive[-1], facts, number)
+        if left is None:
+            unpredictable.append(f"{number:02d}-{kind}")
+        alive.append(alive[-1] if left is None else left)
+    return alive, tuple(unpredictable)
+
+
+def shapes(recipe: Recipe, facts: Facts) -> dict[int, Shape]:
+    """Number of each clustering step that rows enter -> what it computes with."""
+    return {
+        number: Shape(rows, clusters(rule, rows), facts.dims[owner(rule)], sample_rows(rule, rows))
+        for number, ((_, rule), rows) in enumerate(zip(recipe.select, survivors(recipe, facts)[0], strict=False), 1)
+        if isinstance(rule, (Dedup, Density)) and rows
+    }
+
+
+def rounds(rows: int, k: int, iterations: int) -> float:
+    """How often k-means goes through its sample: its first iterations are over some of the rows."""
+    last = -(-iterations // LAST)
+    return last + (iterations - last) / stride(rows, k)
 
 
 def sample_rows(rule: Dedup | Density, alive: int) -> int:
@@ -243,15 +296,15 @@ def clusters(rule: Dedup | Density, alive: int) -> int:
     return min(rule.count(alive) if isinstance(rule, Dedup) else rule.clusters, alive)
 
 
-def _line(name: str, seconds: float, capacity: Capacity, serial_s: float = 0.0) -> Line:
-    """Work of CPU workers; `serial_s` of it by one of them while the others wait."""
-    hours = (seconds / capacity.workers + serial_s) / 3600
+def _line(name: str, seconds: float, capacity: Capacity, parts: int, serial_s: float = 0.0) -> Line:
+    """Work of CPU workers, each at one part of it at least; `serial_s` of it by one of them while the others wait."""
+    hours = (seconds / max(1, min(capacity.workers, parts)) + serial_s) / 3600
     return Line(name, (seconds + serial_s) * capacity.threads / 3600, 0.0, hours, serial_s / 3600)
 
 
-def _embedding(seconds: float, capacity: Capacity) -> Line:
+def _embedding(seconds: float, capacity: Capacity, shards: int) -> Line:
     """Work of workers with decoders beside them: those of the GPUs, or else the CPU workers."""
-    many = capacity.gpus or capacity.workers
+    many = min(capacity.gpus or capacity.workers, shards)
     core_hours = seconds * (capacity.threads + capacity.decoders) / 3600
     return Line("embed", core_hours, seconds / 3600 if capacity.gpus else 0.0, seconds / many / 3600)
 
@@ -267,15 +320,13 @@ def _embedded(recipe: Recipe, facts: Facts, usable: int) -> int:
     return round(usable * share)
 
 
-def _step_seconds(rule: Rule, alive: int, facts: Facts, speeds: Speeds) -> tuple[float, float]:
-    """Seconds of a step for all workers together, and those that one of them works alone."""
-    seconds, serial = alive * ENTERED[type(rule)].seconds, 0.0
-    if isinstance(rule, (Dedup, Density)) and alive:
-        dims, k = facts.dims[owner(rule)], clusters(rule, alive)
-        serial = sample_rows(rule, alive) * k * dims * rule.iterations / speeds.train
-        seconds += alive * k * dims * (rule.passes + 1) / speeds.assign + alive * rule.passes * PASS_S
-        if isinstance(rule, Dedup):
-            seconds += alive * (alive / k) / 2 * dims / speeds.compare
+def _clustering_seconds(rule: Dedup | Density, shape: Shape, kernels: Kernels) -> tuple[float, float]:
+    """Seconds of the kernels of a step for all workers together, and those that one of them works alone."""
+    every = shape.clusters * shape.dims
+    serial = shape.sample * every * rounds(shape.sample, shape.clusters, rule.iterations) / kernels.train
+    seconds = shape.rows * (every * (rule.passes + 1) / kernels.assign + rule.passes * PASS_S)
+    if isinstance(rule, Dedup):
+        seconds += shape.rows * (shape.rows / shape.clusters) / 2 * shape.dims / kernels.compare
     return seconds, serial
 
 
@@ -303,6 +354,9 @@ def _requests(recipe: Recipe, facts: Facts, networks: int, kept: int) -> float:
     """Calls to storage: of a unit, its files and some 7 small objects, and 4 for each model; some 6 calls for each
     group of units in each of some 12 passes of a step; 10 of an output shard."""
     groups = -(-facts.shards // GROUP_UNITS)
-    shards = -(-kept // recipe.write.samples_per_shard)
     unit = 2 * facts.files + 7 + 4 * networks
-    return float(facts.shards * unit + groups * 6 * 12 * (2 + len(recipe.select)) + 10 * shards)
+    return float(facts.shards * unit + groups * 6 * 12 * (2 + len(recipe.select)) + 10 * _written_shards(recipe, kept))
+
+
+def _written_shards(recipe: Recipe, kept: int) -> int:
+    return -(-kept // recipe.write.samples_per_shard)

@@ -25,25 +25,30 @@ from pipeline.embed import framer
 from pipeline.encode import Encoder, Framing, described, numerics, resolve
 from pipeline.errors import UserError
 from pipeline.images import Undecodable
-from pipeline.machine import Machine
+from pipeline.machine import Machine, bf16_flags, keep_freed_memory
 from pipeline.parts import to_parquet
-from pipeline.plan import Capacity, Facts, Speeds, owner
+from pipeline.plan import Capacity, Facts, Kernels, Shape, Speeds, rounds, shapes
 from pipeline.pool import FORMATS, list_units
 from pipeline.precomputed import find_dims
+from pipeline.products import BF16_WORK, each_alone, pays
 from pipeline.read import Read
 from pipeline.recipe import Arrays, Network, Recipe
-from pipeline.select.dedup import Dedup, repeats
+from pipeline.select.dedup import Dedup, greedy, repeats
 from pipeline.select.density import Density
 from pipeline.select.filter import Filter
 from pipeline.stage import Unit
 from pipeline.storage import UnitFiles
-from pipeline.vectors import draw
+from pipeline.vectors import Float16s, draw
 
 UNITS, ROWS = 3, 200
-"""Shards that are read, and images of each that are decoded and embedded."""
+"""Shards that are read beside the last, which may be short, and images of each that are decoded and embedded."""
 
-KERNEL_ROWS, KERNEL_CLUSTERS, KERNEL_ITERATIONS = 8192, 1100, 2
-"""Of the random vectors: enough for blocks of full size; k-means as it is with many clusters."""
+KERNEL_ROWS, KERNEL_CLUSTERS, KERNEL_ITERATIONS = 8192, 4096, 10
+"""Most random vectors, clusters and iterations that kernels are timed with: blocks of full size, each row all clusters'
+products, and of the iterations a fifth over all rows. More change a rate little."""
+
+KERNEL_S = 0.1
+"""Processor seconds that a kernel is timed for, at least."""
 
 WARM = 8
 """Images and captions of a first forward pass, which prepares what later ones find."""
@@ -114,19 +119,25 @@ class _Shard:
     captions: list[str]
 
 
-def probe(recipe: Recipe, machine: Machine) -> Probe:
+def probe(recipe: Recipe, machine: Machine, rows: int | None = None, pool_bytes: int | None = None) -> Probe:
     """Look at a few shards of the recipe's pool, and at this host.
 
     Weights that are not in the local cache are downloaded, unless the machine's GPUs are not here anyway.
+
+    Args:
+        recipe: what would be run.
+        machine: where.
+        rows, pool_bytes: of the pool, were it another size (Facts.scaled); None: as it is.
 
     Raises:
         UserError: the pool or a model is not as the recipe says; or embedding cannot be measured here, and the machine
             file does not state how fast it is.
         OSError: storage failed.
     """
+    keep_freed_memory()  # as a worker does
     units = list_units(recipe.pool, machine.storage_options)
-    hash_N = draw(recipe.seed, "plan", [unit.shard for unit in units])
-    chosen = [units[at] for at in np.argsort(hash_N, kind="stable")[:UNITS]]
+    hash_N = draw(recipe.seed, "plan", [unit.shard for unit in units[:-1]])
+    chosen = [units[at] for at in (*np.argsort(hash_N, kind="stable")[:UNITS], -1)]
     networks = {name: model for name, model in recipe.models.items() if isinstance(model, Network)}
     models = _models(networks, machine)
     with ExitStack() as stack:
@@ -139,8 +150,8 @@ def probe(recipe: Recipe, machine: Machine) -> Probe:
         }
     if not any(shard.rows for shard in shards):
         raise UserError(f"recipe.pool: no sample in {', '.join(unit.shard for unit in chosen)}")
-    facts = _facts(units, shards, {**models.dims, **dims})
-    speeds = _speeds(recipe, machine, shards, models, facts.dims)
+    facts = _facts(units, shards, {**models.dims, **dims}).scaled(rows, pool_bytes)
+    speeds = _speeds(recipe, machine, shards, models, facts)
     capacity, left_open = _capacity(machine, models.gpu)
     looked = f"{len(shards)} of {len(units):,} shards were read here, on {os.cpu_count()} cores"
     images = sum(shard.images for shard in shards)
@@ -263,16 +274,19 @@ def _decoded(
 
 
 def _facts(units: Sequence[Unit], shards: Sequence[_Shard], dims: Mapping[str, int]) -> Facts:
-    """The pool, as far as the shards stand for it."""
+    """The pool, as far as the shards stand for it; the last of them is the pool's last."""
     pool_bytes = sum(source.bytes for unit in units for source in unit.sources.values())
-    rows, images = sum(s.rows for s in shards), sum(s.images for s in shards)
+    rows, images, read_bytes = (sum(getattr(s, name) for s in shards) for name in ("rows", "images", "bytes"))
     decodable = sum(len(s.frames) for s in shards) / images if images else 1.0
     passing = {}
     for number in shards[0].filtered:
         entered, kept = (sum(s.filtered[number][side] for s in shards) for side in (0, 1))
         passing[number] = kept / entered if entered else 1.0
+    unread = round(rows * (pool_bytes - read_bytes) / read_bytes)
+    if len(full := {s.rows for s in shards[:-1]}) == 1:  # shards are cut by rows, and none is lacking
+        unread = (len(units) - len(shards)) * full.pop()
     return Facts(
-        rows=round(pool_bytes * rows / sum(s.bytes for s in shards)),
+        rows=rows + unread,
         shards=len(units),
         pool_bytes=pool_bytes,
         files=len(units[0].sources),
@@ -283,9 +297,7 @@ def _facts(units: Sequence[Unit], shards: Sequence[_Shard], dims: Mapping[str, i
     )
 
 
-def _speeds(
-    recipe: Recipe, machine: Machine, shards: Sequence[_Shard], models: _Models, dims: Mapping[str, int]
-) -> Speeds:
+def _speeds(recipe: Recipe, machine: Machine, shards: Sequence[_Shard], models: _Models, facts: Facts) -> Speeds:
     """Seconds of one worker for what was done, and what the models and kernels take."""
     images = max(1, sum(s.images for s in shards))
     row_bytes = sum(s.bytes for s in shards) / sum(s.rows for s in shards)
@@ -295,15 +307,17 @@ def _speeds(
     if models.encoders:
         frames, captions = [f for s in shards for f in s.frames], [c for s in shards for c in s.captions]
         embed_s |= _forward_s(models, machine, frames, captions)
-    train, assign, compare = _kernels(recipe, dims, machine.threads)
+    kernels = {}
+    for number, shape in shapes(recipe, facts).items():
+        rule = recipe.select[number - 1][1]
+        if isinstance(rule, (Dedup, Density)):
+            kernels[number] = _kernels(rule, shape, facts.shards, machine.threads)
     return Speeds(
         read_s=sum(s.read_s for s in shards) / sum(s.bytes for s in shards),
         embed_s=embed_s,
         decode_s=sum(s.decode_s for s in shards) / images / row_bytes,
         write_s=sum(s.copy_s for s in shards) / sum(s.copied_bytes for s in shards),
-        train=train,
-        assign=assign,
-        compare=compare,
+        kernels=kernels,
     )
 
 
@@ -341,24 +355,49 @@ def _write_s(dims: Mapping[str, int]) -> float:
     return _timed(lambda: to_parquet(table))[1] / rows
 
 
-def _kernels(recipe: Recipe, dims: Mapping[str, int], threads: int) -> tuple[float, float, float]:
-    """Multiply-adds a second of one worker in k-means, assignment and dedup; infinite where no step clusters.
+def _kernels(rule: Dedup | Density, shape: Shape, shards: int, threads: int) -> Kernels:
+    """Multiply-adds a second of one worker in a step's k-means, assignment and comparisons, as a run calls them.
 
-    One core's, whatever the threads of the libraries in this process, times the worker's threads.
+    Whether bfloat16 is multiplied first is decided by the step's own shape. One core's rates, whatever the threads of
+    the libraries in this process, times the worker's threads.
     """
-    spaces = [owner(rule) for _, rule in recipe.select if isinstance(rule, (Dedup, Density))]
-    if not spaces:
-        return np.inf, np.inf, np.inf
-    rows, k, d = KERNEL_ROWS, KERNEL_CLUSTERS, dims[spaces[0]]
-    random = np.random.default_rng(0).normal(size=(rows, d))
+    k, d = min(shape.clusters, KERNEL_CLUSTERS), shape.dims
+    random = np.random.default_rng(0).normal(size=(KERNEL_ROWS, d))
     vec_ND = (random / np.linalg.norm(random, axis=1, keepdims=True)).astype(np.float16)
-    (centroid_KD, _), train_s = _timed(
-        lambda: kmeans.train(vec_ND, k, KERNEL_ITERATIONS, seed=0, threads=1), time.process_time
+    centroid_KD = kmeans.on_grid(vec_ND[:k])
+
+    many = min(shape.sample, KERNEL_ROWS)
+    if pays(shape.sample * shape.clusters * d):
+        many = max(many, -(-BF16_WORK // (k * d)))  # k-means decides by what it is given
+    iterations = min(rule.iterations, KERNEL_ITERATIONS)
+    unit_rows = min(max(1, shape.rows // shards), KERNEL_ROWS)
+    unit_bf16 = pays(shape.rows // shards * shape.clusters * d)
+    works: list[tuple[Callable[[Float16s], object], Float16s]] = [
+        (lambda vec: kmeans.train(vec, k, iterations, seed=0, threads=1), np.resize(vec_ND, (many, d))),
+        (lambda vec: kmeans.nearest(vec, centroid_KD, bf16=unit_bf16), vec_ND[:unit_rows]),
+    ]
+    members = min(max(1, shape.rows // shape.clusters), KERNEL_ROWS)
+    if isinstance(rule, Dedup):
+        compare = repeats if rule.rule == "official" else partial(greedy, min_cos=1 - float(rule.epsilon))
+        bf16 = pays((shape.rows // shape.clusters) ** 2 * d // 2)
+        works.append((partial(compare, bf16=bf16), vec_ND[:members]))
+    with each_alone(1, bool(bf16_flags())) as pool:
+        train_s, assign_s, *compare_s = pool.map(_core_seconds, *zip(*works, strict=True))
+    return Kernels(
+        train=threads * many * k * d * rounds(many, k, iterations) / train_s,
+        assign=threads * unit_rows * k * d / assign_s,
+        compare=threads * members**2 / 2 * d / sum(compare_s) if compare_s else np.inf,
     )
-    _, assign_s = _timed(lambda: kmeans.nearest(vec_ND, centroid_KD), time.process_time)
-    _, compare_s = _timed(lambda: repeats(vec_ND), time.process_time)
-    work = threads * rows * d
-    return work * k * KERNEL_ITERATIONS / train_s, work * k / assign_s, work * rows / 2 / compare_s
+
+
+def _core_seconds(work: Callable[[Float16s], object], vec_ND: Float16s) -> float:
+    """Processor seconds of a call, after one that prepares what later ones find."""
+    work(vec_ND[:WARM])
+    calls, start = 0, time.process_time()
+    while not calls or time.process_time() - start < KERNEL_S:
+        work(vec_ND)
+        calls += 1
+    return (time.process_time() - start) / calls
 
 
 def _capacity(machine: Machine, gpu: bool) -> tuple[Capacity, list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,33 @@ from jobs.plan import figure
 from pipeline.costs import money, size
 from pipeline.errors import UserError
 from pipeline.machine import Machine, Prices, Rates
-from pipeline.plan import ENTERED, KEPT, LISTED, PASS_S, Capacity, Facts, Line, Plan, Speeds, predict, sample_rows
+from pipeline.plan import (
+    ENTERED,
+    KEPT,
+    LISTED,
+    PASS_S,
+    Capacity,
+    Facts,
+    Kernels,
+    Line,
+    Plan,
+    Shape,
+    Speeds,
+    predict,
+    rounds,
+    sample_rows,
+    shapes,
+)
 from pipeline.probe import probe
 from pipeline.recipe import recipe_of
 from pipeline.select.dedup import Dedup
 from pipeline.select.density import Density
-from tests.pools import datacomp_pool, webdataset_pool
+from tests.pools import datacomp_pool, parquet_pool, webdataset_pool
+from tests.runs import LIMITS, run_recipe
 
 FACTS = Facts(
     rows=1000,
-    shards=2,
+    shards=600,  # three groups, so that two workers have enough to do in every step
     pool_bytes=1_000_000,
     files=2,
     usable=0.9,
@@ -38,9 +57,10 @@ SPEEDS = Speeds(
     embed_s={"read": 1.0, "image": 2.0, "text": 1.0, "write": 1.0},
     decode_s=0.012,  # 12 s for each of the pool's 1000 bytes to a row
     write_s=1e-2,
-    train=100.0,
-    assign=1000.0,
-    compare=500.0,
+    kernels={
+        1: Kernels(train=100.0, assign=1000.0, compare=500.0),
+        2: Kernels(train=200.0, assign=2000.0, compare=float("inf")),
+    },
 )
 GPUS = Capacity(workers=2, gpus=4, threads=3, decoders=2)
 PRICES = Prices(
@@ -58,7 +78,8 @@ def line(plan: Plan, name: str) -> Line:
 
 
 def test_reading_and_embedding_by_hand() -> None:
-    plan = predict(recipe({"filter": {"min_words": 2}}), FACTS, SPEEDS, GPUS)
+    few = {"samples_per_shard": 100}
+    plan = predict(recipe({"filter": {"min_words": 2}}, write=few), FACTS, SPEEDS, GPUS)
     # 10^6 bytes at a millisecond each, by two workers of three cores.
     assert line(plan, "read") == Line("read", 1000 * 3 / 3600, 0.0, 500 / 3600)
     # 900 can be used, the filter ahead leaves 450. Two decoders take 6 s for 12, in the shadow of which 1 + 2 s of
@@ -79,6 +100,18 @@ def test_reading_and_embedding_by_hand() -> None:
 def test_without_gpus_the_workers_embed_and_decode_in_line() -> None:
     plan = predict(recipe(), FACTS, SPEEDS, Capacity(workers=2, gpus=0, threads=3, decoders=0))
     assert line(plan, "embed") == Line("embed", 900 * 17 * 3 / 3600, 0.0, 900 * 17 / 2 / 3600)
+
+
+def test_work_is_shared_by_no_more_workers_than_it_has_parts() -> None:
+    one = predict(recipe({"filter": {"min_words": 2}}), replace(FACTS, shards=1), SPEEDS, GPUS)
+    many = predict(recipe({"filter": {"min_words": 2}}, write={"samples_per_shard": 2}), FACTS, SPEEDS, GPUS)
+    for name, workers in (("read", 2), ("embed", 4), ("01-filter", 2), ("decide", 2), ("write", 2)):
+        assert line(one, name).hours == pytest.approx(workers * line(many, name).hours)
+        assert line(one, name).core_hours == line(many, name).core_hours
+        assert line(one, name).gpu_hours == line(many, name).gpu_hours
+    # 256 units are a group, and the steps have a part for each.
+    groups = predict(recipe(), replace(FACTS, shards=257), SPEEDS, replace(GPUS, workers=3))
+    assert line(groups, "decide").hours == pytest.approx(1000 * LISTED.seconds / 2 / 3600)
 
 
 def test_a_filter_that_is_not_ahead_spares_no_embedding() -> None:
@@ -114,21 +147,52 @@ def test_clustering_by_hand() -> None:
     dedup = {"dedup": {"space": "m", "epsilon": 0.1, "clusters": 9, "iterations": 2}}
     density = {"density": {"space": "m", "clusters": 30, "keep": 0.5, "iterations": 4, "passes": 3}}
     plan = predict(recipe(dedup, density), FACTS, SPEEDS, GPUS)
-    # k-means of one worker: 900 rows x 9 clusters x 10 dimensions, twice, at 100 a second.
+    # k-means of one worker: 900 rows x 9 clusters x 10 dimensions at 100 a second; one iteration over a half of the
+    # rows and the last over all.
     # The others: 900 x 9 x 10 to assign; 900 rows of 100 in a cluster, half of them earlier: 900 x 50 x 10 to compare.
     own = line(plan, "01-dedup")
-    assert own.serial_hours == pytest.approx(1620 / 3600)
+    assert own.serial_hours == pytest.approx(810 * 1.5 / 3600)
     shared_s = 81 + 900 + 900 * ENTERED[Dedup].seconds
-    assert own.hours == pytest.approx((1620 + shared_s / 2) / 3600)
-    assert own.core_hours == pytest.approx((1620 + shared_s) * 3 / 3600)
+    assert own.hours == pytest.approx((1215 + shared_s / 2) / 3600)
+    assert own.core_hours == pytest.approx((1215 + shared_s) * 3 / 3600)
     assert own.serial_bytes == 900 * 10 * 4
-    # Three exact passes and the assignment after them.
+    # Three iterations over a half, one over all; three exact passes and the assignment after them.
     own = line(plan, "02-density")
-    assert own.serial_hours == pytest.approx(900 * 30 * 10 * 4 / 100 / 3600)
-    shared_s = 4 * 270 + 900 * (ENTERED[Density].seconds + 3 * PASS_S)
+    assert own.serial_hours == pytest.approx(900 * 30 * 10 * 2.5 / 200 / 3600)
+    shared_s = 4 * 135 + 900 * (ENTERED[Density].seconds + 3 * PASS_S)
     assert own.hours - own.serial_hours == pytest.approx(shared_s / 2 / 3600)
-    steps_bytes = 900 * (ENTERED[Dedup].bytes + 20) + 900 * ENTERED[Density].bytes
+    # Each step keeps the vectors that k-means trained on, dedup those that it compared, too.
+    steps_bytes = 900 * (ENTERED[Dedup].bytes + 40) + 900 * (ENTERED[Density].bytes + 20)
     assert plan.stored["steps and decisions"] == steps_bytes + 1000 * LISTED.bytes
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "iterations", "found"),
+    [
+        (250_000, 250, 20, 4 + 16 / 4),  # a quarter is as many as each cluster needs
+        (249_999, 250, 20, 4 + 16 / 2),
+        (100, 250, 20, 20),  # too few to leave any out
+        (250_000, 250, 1, 1),
+        (250_000, 250, 6, 2 + 4 / 4),
+    ],
+)
+def test_k_means_goes_through_its_sample_so_often(rows: int, k: int, iterations: int, found: float) -> None:
+    assert rounds(rows, k, iterations) == found
+
+
+def test_the_shapes_of_clustering_steps_follow_the_survivors() -> None:
+    select = (
+        {"dedup": {"space": "m", "epsilon": 0.1, "clusters": "auto"}},
+        {"cut": {"score": "m", "keep": 0.5}},
+        {"density": {"space": "m", "clusters": 100, "keep": 0.5}},
+    )
+    facts = FACTS.scaled(10**9, None)
+    assert shapes(recipe(*select), facts) == {
+        1: Shape(rows=900_000_000, clusters=65_536, dims=10, sample=1 << 22),
+        3: Shape(rows=450_000_000, clusters=100, dims=10, sample=1_000_000),
+    }
+    assert shapes(recipe({"cut": {"score": "m", "keep": 0.5}}), facts) == {}
+    assert shapes(recipe(*select), replace(FACTS, usable=0)) == {}
 
 
 def test_k_means_trains_on_what_the_clustering_draws() -> None:
@@ -179,7 +243,7 @@ def test_money_by_hand() -> None:
 
 
 def test_a_pool_is_counted_and_a_few_shards_looked_at(tmp_path: Path) -> None:
-    pool = webdataset_pool(tmp_path / "pool", 4, 21, 1)
+    pool = webdataset_pool(tmp_path / "pool", 6, 21, 1)
     plain = {
         "pool": {"format": "webdataset", "path": str(pool)},
         "models": {"small": {"weights": "tiny"}},
@@ -189,21 +253,41 @@ def test_a_pool_is_counted_and_a_few_shards_looked_at(tmp_path: Path) -> None:
     found = probe(recipe_of(plain), machine)
     facts = found.facts
     files = [path for path in pool.iterdir() if path.suffix in (".tar", ".parquet")]
-    assert (facts.shards, facts.files) == (4, 2)
+    assert (facts.shards, facts.files) == (6, 2)
     assert facts.pool_bytes == sum(path.stat().st_size for path in files)
-    assert facts.rows == pytest.approx(4 * 20, abs=1)  # one of 21 was not downloaded
+    assert facts.rows == 6 * 20  # one of 21 was not downloaded
     assert facts.usable == pytest.approx(19 / 20)  # one has no caption
     assert facts.passing == {1: 1.0}
     assert facts.dims == {"small": 256}
     assert set(found.speeds.embed_s) == {"read", "image", "text", "write"}
     assert min(found.speeds.embed_s.values()) > 0
     assert min(found.speeds.read_s, found.speeds.decode_s, found.speeds.write_s) > 0
-    assert 0 < found.speeds.compare < float("inf")
+    (kernels,) = found.speeds.kernels.values()
+    assert all(0 < rate < float("inf") for rate in (kernels.train, kernels.assign, kernels.compare))
     assert found.capacity == Capacity(workers=7, gpus=0, threads=1, decoders=2)
     looked, measured = found.notes
-    assert looked.startswith("3 of 4 shards were read here, on ")
-    assert looked.endswith("and 57 of their images decoded")
+    assert looked.startswith("4 of 6 shards were read here, on ")
+    assert looked.endswith("and 76 of their images decoded")
     assert measured.startswith("forward passes were measured here: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([20, 20, 20, 20, 20, 20, 3], 6 * 20 + 3),  # all full shards have as many: the last is read, too
+        ([20, 20], 40),
+        ([7], 7),
+        ([200, 210, 190, 220, 180, 200, 30], pytest.approx(1230, rel=0.05)),  # by the bytes of those that were not read
+    ],
+)
+def test_rows_are_those_of_the_shards_that_are_read_and_of_others_like_them(
+    tmp_path: Path, rows: list[int], found: Any
+) -> None:
+    for shard, many in enumerate(rows):
+        own = parquet_pool(tmp_path / f"{shard}", 1, many, shard)
+        (own / "train-00000-of-00001.parquet").rename(tmp_path / f"{shard}.parquet")
+    plain = {"pool": {"format": "parquet", "path": f"{tmp_path}/*.parquet"}}
+    assert probe(recipe_of(plain), Machine(workers=1)).facts.rows == found
 
 
 def test_filters_are_judged_by_the_rows_that_enter_them(tmp_path: Path) -> None:
@@ -218,7 +302,7 @@ def test_filters_are_judged_by_the_rows_that_enter_them(tmp_path: Path) -> None:
     assert 0 < found.facts.passing[1] < 1
     assert found.facts.passing[3] == 1  # the same again drops nothing
     assert found.facts.dims == {"l14": 32}
-    assert found.speeds.assign == float("inf")  # nothing clusters
+    assert found.speeds.kernels == {}  # nothing clusters
 
 
 def test_rates_of_a_gpu_that_is_not_here_are_taken_as_stated(tmp_path: Path) -> None:
@@ -308,6 +392,70 @@ def test_the_command_prints_work_bytes_money_and_what_it_assumes(
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("118 samples, ")
     assert not any("larger pool" in row for row in shown)
+
+
+FIRST = {"judge": "filter", "cluster_draw": "dedup or density", "cut_score": "cut"}
+"""The stage with which a step of a rule begins."""
+
+AFTER = {"begin": "decide", "decide": "decide", "show": "decide", "write": "write", "subset": "write"}
+"""By the first word of a stage that belongs to no step: its line of a plan."""
+
+WRITTEN = ("decisions", "select", "filtered", "parquet")
+
+
+def by_line(stages: list[dict[str, Any]], steps: list[str]) -> dict[str, float]:
+    """Core-hours of the stages of times.json, summed by the line of a plan that stands for them."""
+    hours: dict[str, float] = {}
+    left, step = list(steps), ""
+    for entry in stages:
+        stage = entry["stage"]
+        if stage in FIRST:
+            step = left.pop(0)
+            assert step.partition("-")[2] in FIRST[stage]
+        name = stage if stage in ("read", "embed") else AFTER.get(stage.partition("_")[0], step)
+        hours[name] = hours.get(name, 0.0) + entry["core_hours"]
+    assert not left
+    return hours
+
+
+@pytest.mark.slow
+def test_a_run_keeps_writes_and_takes_what_was_planned(tmp_path: Path) -> None:
+    plain = {
+        "pool": {"format": "webdataset", "path": str(webdataset_pool(tmp_path / "pool", 6, 201, 1))},
+        "models": {"small": {"weights": "tiny"}},
+        "select": [
+            {"filter": {"min_words": 3}},
+            {"dedup": {"space": "small", "epsilon": 0.001}},
+            {"cut": {"score": "small", "keep": 500}},
+            {"density": {"space": "small", "clusters": 20, "keep": 0.5}},
+        ],
+        "write": {"samples_per_shard": 200},
+        "limits": LIMITS,
+    }
+    found = probe(recipe_of(plain), Machine(device="cpu", workers=1))
+    planned = predict(recipe_of(plain), found.facts, found.speeds, found.capacity)
+    curated = run_recipe(plain, str(tmp_path / "run"))
+    times = json.loads((tmp_path / "run/times.json").read_text())
+
+    assert planned.rows == curated.listed == 6 * 200
+    assert planned.unpredictable == ("02-dedup",)
+    assert planned.kept == curated.kept == 250  # the cut takes as many, whatever dedup leaves
+
+    stored = times["stored_bytes"]
+    written = {f: sum(p.stat().st_size for p in (tmp_path / "run" / f).rglob("*") if p.is_file()) for f in WRITTEN}
+    assert planned.stored["samples"] == pytest.approx(stored["read"], rel=0.2)
+    assert planned.stored["vectors"] == pytest.approx(stored["embed"], rel=0.2)
+    kept = sum(written[folder] for folder in ("filtered", "parquet"))
+    assert planned.stored["kept samples"] == pytest.approx(kept, rel=0.2)
+    steps = sum(stored.values()) - stored["read"] - stored["embed"] + written["decisions"] + written["select"]
+    assert steps / 2 < planned.stored["steps and decisions"] < steps * 2
+
+    taken = by_line(times["stages"], [line.name for line in planned.lines if line.name[0].isdigit()])
+    assert set(taken) == {line.name for line in planned.lines}
+    assert all(line.core_hours > 0 for line in planned.lines)
+    for name in ("read", "embed"):
+        assert taken[name] / 5 < line(planned, name).core_hours < taken[name] * 5
+    assert sum(taken.values()) / 5 < planned.core_hours < sum(taken.values()) * 5
 
 
 def test_hours_and_bytes_have_the_unit_that_suits() -> None:
