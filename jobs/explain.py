@@ -10,6 +10,7 @@ import typer
 from jobs.entry import DONE, main
 from pipeline.explain import explain as explained
 from pipeline.machine import load_machine
+from pipeline.record import shown
 from pipeline.storage import Root
 
 
@@ -23,15 +24,15 @@ def explain(
     options = load_machine(machine).storage_options
     where = Root(directory, options)
     for row in explained(where, Root(store or f"{where.url}/store", options), uid):
-        print(f"{row.uid} {row.shard} {row.key}: {'kept' if row.kept else 'dropped'}")
+        print(shown(f"{row.uid} {row.shard} {row.key}: {'kept' if row.kept else 'dropped'}"))
         if row.caption is not None:
             print(f"  caption: {row.caption!r}")
         for name, value in row.scores.items():
-            print(f"  {name}: {_text(value)}")
+            print(shown(f"  {name}: {_text(value)}"))
         for verdict in row.verdicts:
             reason = f" {verdict.reason}" if verdict.reason else ""
             facts = ", ".join(f"{name} {_text(value)}" for name, value in verdict.facts.items())
-            print(f"  {verdict.step}: {verdict.outcome}{reason}{': ' if facts else ''}{facts}")
+            print(shown(f"  {verdict.step}: {verdict.outcome}{reason}{': ' if facts else ''}{facts}"))
     return DONE
 
 

@@ -25,9 +25,13 @@ def status(
     """Show what is done, running and failed; during a run too, from any other process."""
     options = load_machine(machine).storage_options
     where = Root(directory, options)
-    found = status_of(where, Root(store or f"{where.url}/store", options))
+    nothing = UserError(f"{redacted(directory)}: no run is here, and nothing in its store (is it elsewhere? --store)")
+    try:
+        found = status_of(where, Root(store or f"{where.url}/store", options))
+    except NotADirectoryError:
+        raise nothing from None
     if not (found.finished or found.stages or found.holders):
-        raise UserError(f"{redacted(directory)}: no run is here, and nothing in its store (is it elsewhere? --store)")
+        raise nothing
     table = Table("stage", "datasets", "parts", "state", box=None, pad_edge=False)
     for stage in found.stages:
         more = f" ({stage.pending:,} parts so far)" if stage.state == "under way" else ""

@@ -20,6 +20,7 @@ def verify(
 ) -> int:
     """Compare outputs with pool, decisions, checksums and store; exit 1 on any difference."""
     from pipeline.machine import load_machine
+    from pipeline.record import shown
     from pipeline.storage import Root
     from pipeline.verify import verify as differences
 
@@ -29,7 +30,7 @@ def verify(
     for difference in differences(where, Root(store or f"{where.url}/store", here.storage_options), here):
         count += 1
         if count <= SHOWN:
-            print(difference)
+            print(shown(difference))
     if count > SHOWN:
         print(f"and {count - SHOWN} more")
     print(f"{count} differences" if count else "no difference")

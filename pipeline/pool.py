@@ -6,6 +6,7 @@ Folders are listed, never single files: no request per file but over http, which
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import posixpath
 import re
@@ -22,6 +23,8 @@ from pipeline.errors import UserError
 from pipeline.formats import clip_retrieval, datacomp, parquet, webdataset
 from pipeline.stage import Source, Unit
 from pipeline.storage import filesystem, persistently, redacted, scheme_of, versions_of
+
+log = logging.getLogger(__name__)
 
 FORMATS = {"webdataset": webdataset, "datacomp": datacomp, "parquet": parquet, "clip_retrieval": clip_retrieval}
 SHARD_FILE = re.compile(r"(?P<stem>.+?)(?P<suffix>\.tar\.gz|\.tgz|\.tar|\.parquet|\.npz|\.npy)$")
@@ -90,6 +93,13 @@ def _found(item: str, beside: tuple[str, ...], options: dict[str, dict[str, Any]
                     raise UserError(f"pool.path: {redacted(item)} does not exist")
         else:
             found = dict(place.match(patterns))
+            gone = [p for p in patterns if p not in found and not place.is_glob(p)]
+            if gone:
+                first = redacted(place.plain(gone[0]))
+                log.warning(
+                    "pool.path: %d of the %d files of %s are not there; the first is %s",
+                    *(len(gone), len(patterns), redacted(item), first),
+                )
         found |= place.companions(found, beside)
     except (PermissionError, FileNotFoundError) as error:
         raise UserError(f"pool.path: {redacted(item)}: {error}") from None

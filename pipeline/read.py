@@ -24,7 +24,7 @@ class Read:
 
     format: str
     name: ClassVar[str] = "read"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     outputs: ClassVar[tuple[str, ...]] = ("samples", "columns", "problems")
     exact: ClassVar[bool] = True
 

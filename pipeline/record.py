@@ -6,6 +6,7 @@ In: the root of a run directory, and of its store. Out: its files as values, a p
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,19 @@ from pipeline.run import MANIFESTS, Receipt, files_of, in_order
 from pipeline.storage import Root, redacted
 
 BATCH_ROWS = 1 << 16
+
+
+HIDDEN = {
+    ord(c): "\N{REPLACEMENT CHARACTER}"
+    for c in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+}
+"""Characters that turn the direction of what follows."""
+
+
+def shown(text: Any) -> str:
+    """Strangers' text without characters that move or hide other text: controls and bidirectional marks."""
+    cleaned = str(text).translate(HIDDEN)
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in cleaned)
 
 
 class Unreadable(PairsieveError):
@@ -65,7 +79,7 @@ def load_record(directory: Root) -> Record:
     """
     try:
         recipe, about = directory.read("recipe.yaml"), directory.read("run.json")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{redacted(directory.url)}: no finished run is here ({error.filename or error})") from None
     try:
         plain = parse_yaml(recipe.decode(), "recipe.yaml")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -37,7 +36,7 @@ from pipeline.pictures import (
     spoken_units,
 )
 from pipeline.planted import caught, has_planted, told
-from pipeline.record import AsRead, Record, as_read, batches, load_record, parts_of, rows_of
+from pipeline.record import AsRead, Record, as_read, batches, load_record, parts_of, rows_of, shown
 from pipeline.storage import Root, redacted
 from pipeline.tally import NEAR, Concepts, StepTally, Tally, tally
 
@@ -84,7 +83,7 @@ def replace_report(directory: Root, store: Root, machine: Machine) -> None:
     """
     try:
         lines = directory.read("checksums.sha256").decode().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{redacted(directory.url)}: no finished run is here (no checksums.sha256)") from None
     written = write_report(directory, store, machine)
     digests = {path: sha256 for sha256, _, path in (line.partition("  ") for line in lines)}
@@ -348,19 +347,6 @@ def _taken(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[st
         cost = money(prices, core_hours, gpu_hours, kept, found["pool_bytes"] if read else 0)
         found["money"] = {"currency": prices.currency, "total": sum(cost.values()), **cost}
     return found
-
-
-HIDDEN = {
-    ord(c): "\N{REPLACEMENT CHARACTER}"
-    for c in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
-}
-"""Characters that turn the direction of what follows."""
-
-
-def shown(text: Any) -> str:
-    """Strangers' text without characters that move or hide other text: controls and bidirectional marks."""
-    cleaned = str(text).translate(HIDDEN)
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in cleaned)
 
 
 def _count(value: float) -> str:

@@ -323,6 +323,12 @@ def samples() -> list[Case]:
         Case(
             "a repeated image", Shard().samples([a, b]).add(f"{a}.jpg", b"x").closed(), [a, b], [(a, "duplicate_key")]
         ),
+        Case(
+            "one key in two spellings",
+            Shard().samples([a, f"./{a}", b]).closed(),
+            [a, b],
+            [(f"./{a}", "duplicate_key")],
+        ),
         Case("a suffix repeated in capitals", one(jpg=jpg, txt=txt, JPG=jpg), [a, b], [(a, "duplicate_key")]),
         Case("suffixes in capitals", one(JPG=jpg, TXT=txt, JSON=meta), [a, b]),
         Case("a .jpeg", one(jpeg=jpg, txt=txt), [a, b]),

@@ -208,6 +208,10 @@ def test_runs_are_looked_at_by_the_other_commands(
     assert re.fullmatch(r"its workers held \S+ core-hours and 0 GPU-hours", shown[-3])
     assert re.fullmatch(r"it keeps [\d.]+ kB in its store and [\d.]+ kB beside it", shown[-2])
     assert "no run is here" in refused(capsys, 2, "status", str(tmp_path / "nothing"))
+    (tmp_path / "file").touch()
+    for command in ("status", "verify", "report"):
+        assert "run is here" in refused(capsys, 2, command, str(tmp_path / "file"))
+    assert "no finished run is here" in refused(capsys, 2, "explain", str(tmp_path / "file"), row["uid"])
 
     assert main(["gc", str(directory / "store")]) == 0
     assert capsys.readouterr().out == "0 files, 0 bytes not referred to; --delete deletes them\n"

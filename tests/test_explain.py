@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import main
 from pipeline.errors import UserError
 from pipeline.explain import Explained, StepVerdict, explain, rows_of_uid
 from pipeline.machine import Machine
@@ -147,6 +148,20 @@ def test_the_evidence_of_rows_with_one_uid_is_kept_apart(tmp_path: Path) -> None
     for uid in uids:
         for found in explained(tmp_path / "run", uid):
             assert found.verdicts[2].facts["distance"] == distance[uid, found.shard]
+
+
+def test_strangers_text_does_not_move_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = datacomp_pool(tmp_path / "pool", 1, 9, 1)
+    (metadata,) = pool.glob("*.parquet")
+    table = pq.read_table(metadata)
+    table = table.drop_columns(["uid"]).append_column("key", pa.array([f"{n}\r\x1b[2Jkept" for n in range(9)]))
+    pq.write_table(table, metadata)
+    run_recipe(datacomp(pool), str(tmp_path / "run"))
+    for row in rows_of(tmp_path / "run"):
+        assert main(["explain", str(tmp_path / "run"), row["uid"]]) == 0
+        assert row["key"].endswith("kept")
+    said = capsys.readouterr().out
+    assert "0  [2Jkept: " in said and not set(said) & set("\r\x1b")
 
 
 def test_a_uid_that_is_malformed_or_unknown_is_a_mistake(run: Path) -> None:

@@ -103,6 +103,17 @@ def test_every_way_to_name_the_same_shards_gives_the_same_units(tmp_path, how):
     )
 
 
+def test_files_that_a_brace_pattern_names_and_nobody_has_are_counted(tmp_path, caplog):
+    touch(tmp_path, "00000.tar", "00002.tar")
+    assert shards("webdataset", f"{tmp_path}/{{00000..00003}}.tar") == ["00000.tar", "00002.tar"]
+    place = str(tmp_path).lstrip("/")
+    said = f"2 of the 4 files of {tmp_path}/{{00000..00003}}.tar are not there; the first is {place}/00001.tar"
+    assert said in caplog.text
+    caplog.clear()
+    assert shards("webdataset", f"{tmp_path}/{{00000,00002}}.tar") == ["00000.tar", "00002.tar"]
+    assert not caplog.text
+
+
 def test_shards_are_named_below_the_folder_that_all_share(tmp_path):
     touch(tmp_path, "x/a/1.tar", "x/b/1.tar", "x/b/c/2.tar", "other/1.parquet")
     assert shards("webdataset", tmp_path) == ["a/1.tar", "b/1.tar", "b/c/2.tar"]

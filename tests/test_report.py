@@ -27,8 +27,8 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine, Prices
 from pipeline.pictures import SIDE_PX, characteristic, identify, shortened, thumbnail
 from pipeline.planted import Told, caught
-from pipeline.record import Unreadable, load_record
-from pipeline.report import shown, write_report
+from pipeline.record import Unreadable, load_record, shown
+from pipeline.report import write_report
 from pipeline.storage import Root
 from pipeline.tally import FINE_BITS, Drawn, Score, tally
 from pipeline.vectors import ordered_bits

@@ -195,11 +195,13 @@ def _rows(members: Sequence[Member]) -> tuple[list[Row], list[Row]]:
     rows: list[Row] = []
     owners: list[Row] = []
     latest: dict[str, Row] = {}
+    spelled: dict[str, str] = {}  # unpacked, `a` and `./a` are one file
     for member in members:
         name, suffix = split(member.name)
         row = latest.get(name)
         if row is None or suffix in row.parts:
-            found = {} if row is None else {"duplicate_key": f"{member.name[:MAX_NAME_CHARS]!a} comes again"}
+            again = row is not None or spelled.setdefault(posixpath.normpath(name), name) != name
+            found = {"duplicate_key": f"{member.name[:MAX_NAME_CHARS]!a} comes again"} if again else {}
             row = latest[name] = Row(name, _safe(name), found=found)
             rows.append(row)
         row.parts[suffix] = member

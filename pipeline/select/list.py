@@ -185,4 +185,4 @@ def _read(url: str, machine: Machine) -> bytes:
     try:
         return Root(folder or slash or ".", machine.storage_options).read(name)
     except OSError as error:
-        raise UserError(f"list: {redacted(url)} cannot be read: {type(error).__name__}") from None
+        raise UserError(f"list: {redacted(url)} cannot be read: {error.strerror or type(error).__name__}") from None
