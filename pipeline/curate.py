@@ -500,9 +500,9 @@ def drops(state: Dataset) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of pairsieve and of the libraries whose code shapes the bytes."""
-    names = ("pairsieve", "numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "pillow", "simplejpeg")
+    libraries = ("numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "torchvision", "pillow", "simplejpeg")
     found = {}
-    for name in names:
+    for name in ("pairsieve", *libraries):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
