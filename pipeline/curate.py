@@ -116,16 +116,28 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         raise UserError(f"recipe.pool: no sample in {len(units)} shards; {first_problem(run, pool)}")
     check_columns(recipe, pool)
 
-    vectors = evidence(run, recipe, pool, stages)
+    seen = evidence(run, recipe, pool, stages)
     samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
-    seen = {name: pool.grouped(dataset) for name, dataset in vectors.items()}
-    begun = run.map(Begin(), samples, *seen.values())["state"]
+    vectors, scores = (
+        {name: pool.grouped(outputs[output]) for name, outputs in seen.items()} for output in ("vectors", "scores")
+    )
+    begun = run.map(Begin(), samples, *scores.values())["state"]
     places = given([{"first_unit": i * group_units, "group": i} for i in range(len(samples))])
 
     state, outcomes, steps = begun, list[Outcome](), list[Step]()
     for number, (name, rule) in enumerate(recipe.select, 1):
         step = Step(
-            number, f"{number:02d}-{name}", recipe.seed, run, samples, columns, seen, state, places, pool.listed
+            number,
+            f"{number:02d}-{name}",
+            recipe.seed,
+            run,
+            samples,
+            columns,
+            vectors,
+            scores,
+            state,
+            places,
+            pool.listed,
         )
         outcome = rule.apply(step)
         state = outcome.state
@@ -137,12 +149,13 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         pool.columns,
         pool.problems,
         state,
-        *seen.values(),
+        *vectors.values(),
+        *scores.values(),
         *(o.assign for o in outcomes if o.assign),
     ]
     written = begin(run, recipe, units, found)
-    written |= record(run, recipe, pool, state, seen, steps, outcomes)
-    written |= write(run, recipe, pool, state, vectors, outcomes)
+    written |= record(run, recipe, pool, state, scores, steps, outcomes)
+    written |= write(run, recipe, pool, state, {name: outputs["scores"] for name, outputs in seen.items()}, outcomes)
     return finish(run, recipe, pool, begun, steps, outcomes, written, before)
 
 
@@ -218,22 +231,22 @@ def networks(run: Run, recipe: Recipe, units: Sequence[Unit]) -> list[Stage]:
     ]
 
 
-def evidence(run: Run, recipe: Recipe, pool: Pooled, stages: Sequence[Stage]) -> dict[str, Dataset]:
+def evidence(run: Run, recipe: Recipe, pool: Pooled, stages: Sequence[Stage]) -> dict[str, dict[str, Dataset]]:
     """Vectors and scores of every model, each once for the whole pool; models that share images share their decode."""
-    vectors: dict[str, Dataset] = {}
+    seen: dict[str, dict[str, Dataset]] = {}
     for name, model in recipe.models.items():
         if isinstance(model, Arrays):
-            vectors[name] = precomputed(run, recipe, pool, model)
+            seen[name] = precomputed(run, recipe, pool, model)
     if stages:
         inputs = [{"samples": pool.samples, "columns": pool.columns}[output] for output in read_before(stages)]
         made = run.map_together(stages, *inputs, units=pool.units, gpu=True)
         run_models = [name for name, model in recipe.models.items() if isinstance(model, Network)]
-        vectors |= {name: outputs["vectors"] for name, outputs in zip(run_models, made, strict=True)}
-    return {name: vectors[name] for name in recipe.models}
+        seen |= zip(run_models, made, strict=True)
+    return {name: seen[name] for name in recipe.models}
 
 
-def precomputed(run: Run, recipe: Recipe, pool: Pooled, model: Arrays) -> Dataset:
-    """Vectors that the pool brings along."""
+def precomputed(run: Run, recipe: Recipe, pool: Pooled, model: Arrays) -> dict[str, Dataset]:
+    """Vectors, and their scores, that the pool brings along."""
     from pipeline.precomputed import Precomputed, find_dims
 
     def opened() -> Iterator[UnitFiles]:
@@ -243,7 +256,7 @@ def precomputed(run: Run, recipe: Recipe, pool: Pooled, model: Arrays) -> Datase
 
     dims = find_dims(recipe.pool.format, model.image, model.text, opened())
     stage = Precomputed(model.image, model.text, recipe.pool.format, dims)
-    return run.map(stage, pool.samples, units=pool.units)["vectors"]
+    return run.map(stage, pool.samples, units=pool.units)
 
 
 def leading(recipe: Recipe) -> tuple[Filter | List, ...]:
@@ -276,7 +289,7 @@ def record(
     recipe: Recipe,
     pool: Pooled,
     state: Dataset,
-    seen: dict[str, Dataset],
+    scores: dict[str, Dataset],
     steps: Sequence[Step],
     outcomes: Sequence[Outcome],
 ) -> Exported:
@@ -285,9 +298,9 @@ def record(
     models = recipe.scored
     used = tuple((name, str(kind)) for name, kind in recipe.used_columns.items())
     decide = Decide(tuple(s.name for s in steps), models, used)
-    scores = [seen[m] for m in models]
-    written = run.export(decide, samples, columns, state, pool.labels("decisions"), *scores)
-    written |= run.export(ShowProblems(), pool.grouped(pool.problems), samples, pool.labels("problems"), *seen.values())
+    written = run.export(decide, samples, columns, state, pool.labels("decisions"), *(scores[m] for m in models))
+    problems, labels = pool.grouped(pool.problems), pool.labels("problems")
+    written |= run.export(ShowProblems(), problems, samples, labels, *scores.values())
     for step, outcome in zip(steps, outcomes, strict=True):
         folder = f"select/{step.name}"
         if outcome.assign:
@@ -317,7 +330,7 @@ def write(
     recipe: Recipe,
     pool: Pooled,
     state: Dataset,
-    vectors: dict[str, Dataset],
+    scores: dict[str, Dataset],
     outcomes: Sequence[Outcome],
 ) -> Exported:
     """filtered/, parquet/ and subset.npy: the kept samples."""
@@ -325,7 +338,7 @@ def write(
     models = recipe.scored
     plan = Plan.of(pool, state, recipe.write.samples_per_shard)
     inputs = [plan.places, plan.of_units(pool.samples), plan.of_units(pool.columns), plan.of_groups(state)]
-    inputs += [plan.of_units(vectors[m]) for m in models]
+    inputs += [plan.of_units(scores[m]) for m in models]
     written: Exported = {}
     if "webdataset" in formats:
         assigns = [plan.of_groups(o.assign) for o in outcomes if o.assign] if recipe.write.annotate else []

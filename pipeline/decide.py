@@ -46,7 +46,7 @@ class Decide:
 
     Attributes:
         steps: `NN-NAME` of each step, in order.
-        models: names of the models whose score is a column; their evidence follows the state.
+        models: names of the models whose score is a column; their scores follow the state.
         columns: name and type (float64 or string) of the pool's columns that a step used.
     """
 
@@ -62,7 +62,7 @@ class Decide:
     def build(self, machine: Machine) -> Function:
         return self.decide
 
-    def decide(self, samples: Rows, columns: Rows, state: Rows, labels: Rows, *evidence: Rows) -> Made:
+    def decide(self, samples: Rows, columns: Rows, state: Rows, labels: Rows, *scores: Rows) -> Made:
         """The group's part of decisions/.
 
         Raises:
@@ -87,7 +87,7 @@ class Decide:
             "threshold": after.column("threshold"),
             "duplicate_of": hex_column(after.column("duplicate_of")),
         }
-        for model, rows in zip(self.models, evidence, strict=True):
+        for model, rows in zip(self.models, scores, strict=True):
             table[f"score_{model}"] = rows.table(["score"]).column("score")
         pieces = list(columns.pieces()) if self.columns else []
         for name, kind in self.columns:
@@ -142,10 +142,10 @@ class ShowProblems:
     def build(self, machine: Machine) -> Function:
         return self.show
 
-    def show(self, problems: Rows, samples: Rows, labels: Rows, *evidence: Rows) -> Made:
+    def show(self, problems: Rows, samples: Rows, labels: Rows, *scores: Rows) -> Made:
         shards = labels.given["shards"]
         tables = [_labelled(piece, shard) for piece, shard in zip(problems.pieces(), shards, strict=True)]
-        seen = [rows.pieces(["problem", "detail"]) for rows in evidence]
+        seen = [rows.pieces(["problem", "detail"]) for rows in scores]
         for listed, shard in zip(samples.pieces(["key", "image"]), shards, strict=True):
             found = [next(pieces) for pieces in seen]
             if found:

@@ -25,7 +25,7 @@ from pipeline.encode import Encoder, Framing, Numerics, Weights, numerics, resol
 from pipeline.images import Undecodable, decode_rgb, size_px
 from pipeline.machine import Machine
 from pipeline.pool import FORMATS
-from pipeline.schema import embeddings
+from pipeline.schema import SCORES, VECTORS, embeddings
 from pipeline.stage import Files, Function, Made, Rows
 from pipeline.vectors import Bools, Float32s, Uint8s, row_cosine, unit16
 
@@ -67,8 +67,8 @@ class Embed:
     spare: tuple[Any, ...] = ()
     file: str | None = field(default=None, metadata={"place": True})
     name: ClassVar[str] = "embed"
-    version: ClassVar[int] = 2
-    outputs: ClassVar[tuple[str, ...]] = ("vectors",)
+    version: ClassVar[int] = 3
+    outputs: ClassVar[tuple[str, ...]] = ("vectors", "scores")
     exact: ClassVar[bool] = False
 
     def build(self, machine: Machine) -> Function:
@@ -159,9 +159,10 @@ def together(stages: Sequence[Embed], machine: Machine) -> Callable[..., list[Ma
             with clock.on("text"):
                 text_MD = encoder.texts(captions, machine.text_batch)
             image_MD = np.concatenate([np.empty((0, encoder.dims), np.float32), *image])
-            vectors, ok_M = _table(len(table), decoded, image_MD, text_MD, problems)
+            rows, ok_M = _table(len(table), decoded, image_MD, text_MD, problems)
             facts = {"rows": len(table), "embedded": int(ok_M.sum()), "dims": encoder.dims}
-            made.append(Made({"vectors": vectors}, {**facts, "halved": encoder.halved - before}))
+            tables = {"vectors": rows.select(VECTORS), "scores": rows.select(SCORES)}
+            made.append(Made(tables, {**facts, "halved": encoder.halved - before}))
         log.info("%d of %d rows embedded by %d models; %s", len(decoded), len(table), len(encoders), clock)
         return [replace(made[0], seconds=clock.phases()), *made[1:]]
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.formats import clip_retrieval, datacomp
 from pipeline.formats.metadata import MetadataError
 from pipeline.machine import Machine
-from pipeline.schema import SAMPLES, embeddings
+from pipeline.schema import SAMPLES, SCORES, VECTORS, embeddings
 from pipeline.stage import Files, Function, Made, Rows
 from pipeline.vectors import row_cosine, unit16
 
@@ -37,8 +37,8 @@ class Precomputed:
     format: str
     dims: int
     name: ClassVar[str] = "precomputed"
-    version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("vectors",)
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("vectors", "scores")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
@@ -84,7 +84,8 @@ class Precomputed:
             },
             schema=embeddings(self.dims),
         )
-        return Made({"vectors": table}, {"rows": rows, "embedded": int(ok_N.sum()), "dims": self.dims})
+        tables = {"vectors": table.select(VECTORS), "scores": table.select(SCORES)}
+        return Made(tables, {"rows": rows, "embedded": int(ok_N.sum()), "dims": self.dims})
 
 
 def find_dims(format: str, image: str, text: str | None, units: Iterable[Files]) -> int:

@@ -682,7 +682,7 @@ class Run:
                     failed.append((names[position], result))
                     continue
                 parts += 1
-                made = sum(f["rows"] for r in result.receipts for f in r["files"].values())
+                made = sum(max((f["rows"] for f in r["files"].values()), default=0) for r in result.receipts)
                 rows += made
                 spent.add(result.took)
                 if "decode" in spent.phases:

@@ -123,10 +123,10 @@ class Begin:
     def build(self, machine: Machine) -> Function:
         return self.begin
 
-    def begin(self, samples: Rows, *evidence: Rows) -> Made:
-        """Take the problem that reading found, else the first that a model's evidence shows."""
+    def begin(self, samples: Rows, *scores: Rows) -> Made:
+        """Take the problem that reading found, else the first that a model's scores show."""
         problem = samples.table(["problem"]).column("problem")
-        for rows in evidence:
+        for rows in scores:
             problem = pc.coalesce(problem, rows.table(["problem"]).column("problem"))
         n = len(problem)
         dropped_by = pc.if_else(pc.is_valid(problem), pa.scalar(PROBLEM, pa.uint8()), pa.scalar(ALIVE, pa.uint8()))

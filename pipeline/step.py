@@ -77,7 +77,8 @@ class Step:
         run: does the work.
         samples: schema.SAMPLES.
         columns: the pool's own metadata.
-        evidence: model -> schema.embeddings.
+        vectors: model -> schema.VECTORS.
+        scores: model -> schema.SCORES.
         state: schema.STATE before this step.
         places: given {"first_unit": ordinal of the group's first unit}.
         listed: rows of the whole pool.
@@ -89,7 +90,8 @@ class Step:
     run: Run
     samples: Dataset
     columns: Dataset
-    evidence: Mapping[str, Dataset]
+    vectors: Mapping[str, Dataset]
+    scores: Mapping[str, Dataset]
     state: Dataset
     places: Dataset
     listed: int
@@ -111,9 +113,9 @@ class Step:
         return min(want, have)
 
     def space(self, name: str) -> tuple[Dataset, str]:
-        """The evidence and its vector column that a recipe's `space` names: MODEL, or MODEL.text."""
+        """The vectors and their column that a recipe's `space` names: MODEL, or MODEL.text."""
         model, _, side = name.partition(".")
-        return self.evidence[model], side or "image"
+        return self.vectors[model], side or "image"
 
 
 def places_in(samples: Rows, place: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -141,9 +141,9 @@ def kept_table(
     return pa.table(table)
 
 
-def _scores(models: Sequence[str], evidence: Sequence[Rows], kept: Sequence[Kept]) -> dict[str, np.ndarray]:
+def _scores(models: Sequence[str], scored: Sequence[Rows], kept: Sequence[Kept]) -> dict[str, np.ndarray]:
     found = {}
-    for model, rows in zip(models, evidence, strict=True):
+    for model, rows in zip(models, scored, strict=True):
         pieces = [p.column("score").to_numpy(zero_copy_only=False) for p in rows.pieces(["score"])]
         found[model] = np.concatenate([pieces[k.at][k.rows] for k in kept] or [np.empty(0, np.float32)])
     return found
@@ -159,7 +159,7 @@ class WriteTar:
     """One output tar with its sidecar parquet and _stats.json, in img2dataset's layout.
 
     Attributes:
-        models: whose scores the sidecar holds; their evidence follows the state.
+        models: whose scores the sidecar holds; their scores follow the state.
         annotate: add a `pairsieve` object to each .json member.
     """
 
@@ -181,8 +181,8 @@ class WriteTar:
         at = place.given
         kept = list(kept_rows(samples.lengths, state, at))
         taken = _taken(samples, kept)
-        evidence, assign = more[: len(self.models)], more[len(self.models) :]
-        scores = _scores(self.models, evidence, kept)
+        scored, assign = more[: len(self.models)], more[len(self.models) :]
+        scores = _scores(self.models, scored, kept)
         keys = unique_keys(
             [_prefixed(t.column("key").to_pylist(), at["prefixes"][k.at]) for t, k in zip(taken, kept, strict=True)],
             [at["stems"][k.at] for k in kept],
@@ -335,7 +335,7 @@ class WriteParquet:
     """One parquet file of kept rows: caption, metadata, scores, and image bytes where asked for.
 
     Attributes:
-        models: whose scores it holds; their evidence follows the state.
+        models: whose scores it holds; their scores follow the state.
         images: format of the pool whose image bytes are put in; None leaves them out.
     """
 

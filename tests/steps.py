@@ -15,7 +15,8 @@ from pipeline.executor import Serial
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, given, to_parquet
 from pipeline.run import Run
-from pipeline.schema import SAMPLES, embeddings
+from pipeline.schema import SAMPLES, SCORES, VECTORS, embeddings
+from pipeline.stage import Made
 from pipeline.state import Begin
 from pipeline.step import Outcome, Step
 from pipeline.storage import Root
@@ -82,6 +83,13 @@ def evidence_of(image_ND: np.ndarray, text_ND: np.ndarray | None = None) -> pa.T
     return pa.table(columns, embeddings(image_ND.shape[1]))
 
 
+def evidence(made: Made) -> pa.Table:
+    """schema.embeddings of what a stage made."""
+    vectors, scores = made.tables["vectors"], made.tables["scores"]
+    assert (tuple(vectors.column_names), tuple(scores.column_names)) == (VECTORS, SCORES)
+    return pa.table([*vectors.columns, *scores.columns], pa.schema([*vectors.schema, *scores.schema]))
+
+
 def _unit(vec_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (vec_ND, vec_ND.any(axis=1)) if vec_ND.dtype == np.float16 else unit16(vec_ND)
 
@@ -107,9 +115,15 @@ def step_of(
     groups = stored(run, samples).grouped(group_units)
     begun = run.map(Begin(), groups)["state"]
     places = given([{"first_unit": i * group_units, "group": i} for i in range(len(groups))])
-    seen = {model: stored(run, tables).grouped(group_units) for model, tables in (evidence or {}).items()}
+    vectors, scores = (
+        {
+            m: stored(run, [t.select(names) for t in tables]).grouped(group_units)
+            for m, tables in (evidence or {}).items()
+        }
+        for names in (VECTORS, SCORES)
+    )
     own = stored(run, columns or bare).grouped(group_units)
-    return Step(number, name, seed, run, groups, own, seen, begun, places, groups.num_rows)
+    return Step(number, name, seed, run, groups, own, vectors, scores, begun, places, groups.num_rows)
 
 
 def state_of(step: Step, outcome: Outcome) -> pa.Table:

@@ -31,7 +31,7 @@ from pipeline.schema import embeddings
 from pipeline.stage import LocalFile, Made
 from pipeline.state import Verdict
 from pipeline.vectors import row_cosine, unit16
-from tests import models
+from tests import models, steps
 
 MACHINE = Machine(device="cpu", precision="float32", image_batch=4, text_batch=3)
 FLOAT32 = numerics(MACHINE)
@@ -138,7 +138,7 @@ def test_vectors_equal_open_clip_called_by_hand_and_stand_in_the_samples_rows(
     unit: tuple[Any, ...], weights: dict[str, Path]
 ) -> None:
     made = stage(weights).build(MACHINE)(*unit)
-    table = made.tables["vectors"]
+    table = steps.evidence(made)
     assert table.schema == embeddings(24)
     assert len(table) == len(SHARD)
     for column in ("image", "text", "score"):
@@ -168,7 +168,7 @@ def test_vectors_equal_open_clip_called_by_hand_and_stand_in_the_samples_rows(
 def test_an_image_that_cannot_be_decoded_is_a_problem_of_its_row(
     unit: tuple[Any, ...], weights: dict[str, Path]
 ) -> None:
-    table = stage(weights).build(MACHINE)(*unit).tables["vectors"]
+    table = steps.evidence(stage(weights).build(MACHINE)(*unit))
     problems = {row: p for row, p in enumerate(table["problem"].to_pylist()) if p}
     assert problems == {2: "unreadable_image", 4: "image_too_large"}
     assert table["detail"][4].as_py() == "20000 x 20000 px, at most 64000000 are decoded"
@@ -187,8 +187,8 @@ def test_the_bytes_do_not_depend_on_decoding_threads_or_on_units_before(
 ) -> None:
     first = stage(weights).build(MACHINE)(*unit)
     function = stage(weights).build(MACHINE.model_copy(update={"decoders": decoders}))
-    assert function(*unit).tables["vectors"].equals(first.tables["vectors"])
-    assert function(*unit).tables["vectors"].equals(first.tables["vectors"])
+    assert steps.evidence(function(*unit)).equals(steps.evidence(first))
+    assert steps.evidence(function(*unit)).equals(steps.evidence(first))
 
 
 def test_models_together_give_what_each_gives_alone_from_one_decode(
@@ -206,7 +206,7 @@ def test_models_together_give_what_each_gives_alone_from_one_decode(
     assert reads == [9]
     for one, result in zip(stages, made, strict=True):
         alone: Made = one.build(MACHINE)(*unit)
-        assert result.tables["vectors"].equals(alone.tables["vectors"])
+        assert steps.evidence(result).equals(steps.evidence(alone))
         assert result.facts == alone.facts
 
 
@@ -249,10 +249,10 @@ def test_rows_that_leading_rules_drop_are_spared_and_no_problem(
 ) -> None:
     rules = (ShortCaptions(1), ShortCaptions(6, forbidden=""))
     made = stage(weights, spare=rules).build(MACHINE)(*unit)
-    table = made.tables["vectors"]
+    table = steps.evidence(made)
     assert np.flatnonzero(valid(table["image"])).tolist() == [1, 7]
     assert {row: p for row, p in enumerate(table["problem"].to_pylist()) if p} == {4: "image_too_large"}
-    whole = stage(weights).build(MACHINE)(*unit).tables["vectors"]
+    whole = steps.evidence(stage(weights).build(MACHINE)(*unit))
     assert np.allclose(table["score"].to_numpy()[[1, 7]], whole["score"].to_numpy()[[1, 7]], atol=1e-3)
 
 
@@ -260,7 +260,7 @@ def test_an_empty_unit_gives_an_empty_table(unit: tuple[Any, ...], weights: dict
     files, samples, columns = unit
     nothing = TableRows(samples.rows.slice(0, 0)), TableRows(columns.rows.slice(0, 0))
     made = stage(weights).build(MACHINE)(files, *nothing)
-    assert made.tables["vectors"].equals(embeddings(24).empty_table())
+    assert steps.evidence(made).equals(embeddings(24).empty_table())
     assert made.facts == {"rows": 0, "embedded": 0, "dims": 24, "halved": 0}
 
 
@@ -272,7 +272,7 @@ def test_a_vector_that_is_zero_or_not_finite_is_a_problem(
     state = load_file(weights["tiny-test-vit"])
     state[tensor].fill_(value)
     save_file(state, tmp_path / "bad.safetensors")
-    table = stage({"tiny-test-vit": tmp_path / "bad.safetensors"}).build(MACHINE)(*unit).tables["vectors"]
+    table = steps.evidence(stage({"tiny-test-vit": tmp_path / "bad.safetensors"}).build(MACHINE)(*unit))
     assert not valid(table["image"]).any() and not valid(table["text"]).any() and not valid(table["score"]).any()
     for row in GOOD:
         assert table["problem"][row].as_py() == "bad_vector"
@@ -364,9 +364,9 @@ def test_a_failure_in_a_decoding_thread_is_raised() -> None:
 
 
 def test_bf16_scores_are_close_to_float32(unit: tuple[Any, ...], weights: dict[str, Path]) -> None:
-    exact = stage(weights).build(MACHINE)(*unit).tables["vectors"]
+    exact = steps.evidence(stage(weights).build(MACHINE)(*unit))
     machine = MACHINE.model_copy(update={"precision": "bf16"})
-    coarse = stage(weights, precision="bf16").build(machine)(*unit).tables["vectors"]
+    coarse = steps.evidence(stage(weights, precision="bf16").build(machine)(*unit))
     for column in ("image", "text"):
         a, b = unfixed(exact[column], np.float16)[GOOD], unfixed(coarse[column], np.float16)[GOOD]
         assert row_cosine(a, b).min() > 0.999
@@ -377,6 +377,6 @@ def test_stored_vectors_are_the_unit_rows_of_what_the_encoder_gives(
     unit: tuple[Any, ...], weights: dict[str, Path]
 ) -> None:
     encoder = Encoder(resolve("tiny-test-vit", str(weights["tiny-test-vit"])), FLOAT32, 1)
-    table = stage(weights).build(MACHINE)(*unit).tables["vectors"]
+    table = steps.evidence(stage(weights).build(MACHINE)(*unit))
     expected = unit16(encoder.texts([SHARD[row][2] or "" for row in GOOD], MACHINE.text_batch))[0]
     assert np.array_equal(unfixed(table["text"], np.float16)[GOOD], expected)

@@ -10,7 +10,7 @@ from pipeline.machine import Machine
 from pipeline.precomputed import Precomputed, find_dims
 from pipeline.schema import embeddings
 from pipeline.storage import UnitFiles
-from tests import pools
+from tests import pools, steps
 
 
 class Committed:
@@ -42,7 +42,7 @@ def test_vectors_worked_by_hand(tmp_path):
     image = np.array([[3, 4], [0, 0], [1, 0], [0, 0], [0, 2]], np.float32)
     text = np.array([[0, 5], [1, 0], [np.inf, 0], [1, 0], [0, -7]], np.float32)
     made = embed(unit(tmp_path, ["a", "b", "c", "", "e"], img=image, txt=text))
-    table = made.tables["vectors"]
+    table = steps.evidence(made)
     assert table.schema == embeddings(2)
     assert unfixed(table["image"], np.float16).tolist() == [
         [np.float16(0.6), np.float16(0.8)],
@@ -69,7 +69,7 @@ def test_vectors_worked_by_hand(tmp_path):
 
 def test_without_a_text_array_there_is_no_score(tmp_path):
     made = embed(unit(tmp_path, ["a", "b"], img=np.eye(2)), text=None)
-    table = made.tables["vectors"]
+    table = steps.evidence(made)
     assert table["image"].null_count == 0
     assert table["text"].null_count == table["score"].null_count == table["problem"].null_count == 2
     assert made.facts["embedded"] == 2
@@ -85,7 +85,7 @@ def test_without_a_text_array_there_is_no_score(tmp_path):
 )
 def test_a_unit_without_usable_arrays_keeps_its_rows_and_schema(tmp_path, arrays, detail):
     made = embed(unit(tmp_path, ["a", "b"], **arrays))
-    table = made.tables["vectors"]
+    table = steps.evidence(made)
     assert table.schema == embeddings(2)
     assert table["problem"].to_pylist() == ["bad_vector"] * 2
     assert table["detail"].to_pylist() == [detail] * 2
@@ -94,7 +94,7 @@ def test_a_unit_without_usable_arrays_keeps_its_rows_and_schema(tmp_path, arrays
 
 def test_a_unit_without_rows_makes_an_empty_table(tmp_path):
     files = unit(tmp_path, [], img=np.empty((0, 2)), txt=np.empty((0, 2)))
-    assert embed(files).tables["vectors"].schema == embeddings(2)
+    assert steps.evidence(embed(files)).schema == embeddings(2)
     assert embed(files).facts == {"rows": 0, "embedded": 0, "dims": 2}
 
 
@@ -104,7 +104,7 @@ def test_an_array_of_another_name_is_the_user_s_mistake(tmp_path):
 
 
 def test_a_unit_without_the_array_that_others_have_is_damaged(tmp_path):
-    table = embed(unit(tmp_path, ["a"], txt=np.ones((1, 2)))).tables["vectors"]
+    table = steps.evidence(embed(unit(tmp_path, ["a"], txt=np.ones((1, 2)))))
     assert table["problem"].to_pylist() == ["bad_vector"]
     assert "no array 'img'" in table["detail"][0].as_py()
 
@@ -131,10 +131,10 @@ def test_the_generated_pool_is_embedded_but_for_what_was_planted(tmp_path):
     samples = datacomp.read(files)
     made = embed(files, "l14_img", "l14_txt", 32)
     assert made.facts == {"rows": 24, "embedded": 21, "dims": 32}
-    details = [detail for detail in made.tables["vectors"]["detail"].to_pylist() if detail]
+    details = [detail for detail in steps.evidence(made)["detail"].to_pylist() if detail]
     assert details == ["l14_img: not finite, or zero", "l14_txt: not finite, or zero"]
     given = np.array(samples.columns["clip_l14_similarity_score"])
-    score = made.tables["vectors"]["score"].to_numpy()
+    score = steps.evidence(made)["score"].to_numpy()
     there = ~np.isnan(score)
     assert there.sum() == 21
     np.testing.assert_allclose(score[there], given[there], atol=2e-3)

@@ -94,7 +94,7 @@ def select(scratch: Path, shards: int, number: int, run: Run) -> float:
     samples, columns = (read[name].grouped(GROUP_UNITS) for name in ("samples", "columns"))
     state = run.map(Begin(), samples)["state"]
     places = given([{"first_unit": i * GROUP_UNITS, "group": i} for i in range(len(samples))])
-    step = Step(1, "01-list", 0, run, samples, columns, {}, state, places, samples.num_rows)
+    step = Step(1, "01-list", 0, run, samples, columns, {}, {}, state, places, samples.num_rows)
     rule = List(allow=str(scratch / f"subset-{number}.npy")).pinned(MACHINE)
     return seconds(lambda: rule.apply(step))
 
@@ -113,7 +113,7 @@ def isin(scratch: Path, shards: int, number: int, form: Form) -> float:
         found.append(form(uid_N, np.load(scratch / f"subset-{number}.npy", allow_pickle=False)))
 
     taken_s = seconds(join)
-    if not np.array_equal(found[0], np.load(scratch / f"named-{number}.npy")[: len(found[0])]):
+    if not np.array_equal(found[0], np.load(scratch / f"named-{number}.npy", allow_pickle=False)[: len(found[0])]):
         raise AssertionError(f"np.isin on {form.__name__} found other rows than the subset names")
     return taken_s
 

@@ -57,7 +57,7 @@ class Cut:
         return {self.column: pa.float64()} if self.column else {}
 
     def apply(self, step: Step) -> Outcome:
-        source = step.columns if self.column else step.evidence[self.score]
+        source = step.columns if self.column else step.scores[self.score]
         scored = step.run.map(Score(self.column), source, step.samples, step.state, step.places)["scored"]
         if self.min is not None:
             state = step.run.map(CutAt(step.number, float(self.min)), step.state, scored, step.samples)["state"]
