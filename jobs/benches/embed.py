@@ -193,7 +193,8 @@ def embedding(pool: Tars, folder: Path, model: dict[str, str]) -> Callable[[], N
         for unit, listed in zip(units, samples, strict=True):
             with UnitFiles(unit, machine) as files:
                 made = function(files, listed)
-            store.write(f"{unit.shard}.parquet", to_parquet(made.tables["vectors"]))
+            for name, table in made.tables.items():
+                store.write(f"{unit.shard}-{name}.parquet", to_parquet(table))
 
     return run
 
