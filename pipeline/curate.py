@@ -467,6 +467,7 @@ def finish(
             "host": platform.node(),
             "python": platform.python_version(),
             "stages": run.times,
+            "found": found_shards(run, len(pool.units)),
             "pool_bytes": sum(source.bytes for unit in pool.units for source in unit.sources.values()),
             "stored_bytes": {stage: sum(sizes.values()) for stage, sizes in run.stored_bytes.items()},
             "written_bytes": sum(file["bytes"] for file in written.values()),
@@ -476,6 +477,23 @@ def finish(
         before = checksums(digests_of(written))
     run.directory.write("checksums.sha256", before)
     return curated
+
+
+EVIDENCE = ("read", "embed", "precomputed")
+"""Stages with a part for each shard, which take nearly all the time of a run."""
+
+
+def found_shards(run: Run, shards: int) -> dict[str, int]:
+    """Stage of EVIDENCE -> shards that the store had already: what they took, an earlier start or another run knows.
+
+    Arrays of several models count a shard for each. A shard that lacks one of several networks was not found.
+    """
+    asked = Counter(stage for stage, _ in run.datasets if stage in EVIDENCE)
+    made = Counter[str]()
+    for entry in run.times:
+        made[entry["stage"].partition(" ")[0]] += entry["parts"]
+    found = {stage: shards * (1 if stage == "embed" else many) - made[stage] for stage, many in asked.items()}
+    return {stage: many for stage, many in found.items() if many}
 
 
 def digests_of(written: Exported) -> dict[str, str]:

@@ -305,7 +305,7 @@ def _problems(directory: Root) -> dict[str, Any]:
 
 
 def _times(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[str, Any]:
-    """Seconds and rates of each stage that had something to do, and what the run took in all."""
+    """Seconds and rates of each stage that had something to do, and what the run took in all, since its last start."""
     stages: dict[str, dict[str, Any]] = {}
     for entry in times["stages"]:
         stage = stages.setdefault(entry["stage"], {"stage": entry["stage"], "parts": 0, "rows": 0, "seconds": 0.0})
@@ -322,6 +322,7 @@ def _times(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[st
         "host": times["host"],
         "stages": list(stages.values()),
         "seconds": sum(s["seconds"] for s in stages.values()),
+        "found": times.get("found", {}),
         "taken": _taken(times, listed, prices),
     }
 

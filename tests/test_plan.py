@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from pipeline.recipe import recipe_of
 from pipeline.select.dedup import Dedup
 from pipeline.select.density import Density
 from tests.pools import datacomp_pool, parquet_pool, webdataset_pool
-from tests.runs import LIMITS, run_recipe
+from tests.runs import LIMITS, datacomp, run_recipe
 
 FACTS = Facts(
     rows=1000,
@@ -456,6 +457,25 @@ def test_a_run_keeps_writes_and_takes_what_was_planned(tmp_path: Path) -> None:
     for name in ("read", "embed"):
         assert taken[name] / 5 < line(planned, name).core_hours < taken[name] * 5
     assert sum(taken.values()) / 5 < planned.core_hours < sum(taken.values()) * 5
+
+
+def test_a_report_says_what_its_hours_leave_out(tmp_path: Path) -> None:
+    pool = datacomp_pool(tmp_path / "pool", 3, 60, 1)
+    plain = {**datacomp(pool), "select": [{"cut": {"score": "l14", "keep": 0.5}}]}
+
+    def found(recipe: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+        run_recipe(recipe, str(tmp_path / "run"))
+        told = json.loads((tmp_path / "run/report/report.json").read_text())["times"]["found"]
+        assert told == json.loads((tmp_path / "run/times.json").read_text())["found"]
+        return told, re.findall(r"The store had already (.*): what", (tmp_path / "run/report/index.html").read_text())
+
+    first = {**plain, "pool": {**plain["pool"], "path": [str(path) for path in sorted(pool.glob("*.parquet"))[:2]]}}
+    assert found(first) == ({}, [])
+    # A run that goes on after a crash, or on a larger pool, makes only what the store lacks.
+    assert found(plain) == ({"read": 2, "precomputed": 2}, ["read of 2 shards, precomputed of 2 shards"])
+    other = {**plain, "select": [{"cut": {"score": "l14", "keep": 0.25}}]}
+    assert found(other) == ({"read": 3, "precomputed": 3}, ["read of 3 shards, precomputed of 3 shards"])
+    assert found(other)[0] == {"read": 3, "precomputed": 3}  # nothing to do: the times of before
 
 
 def test_hours_and_bytes_have_the_unit_that_suits() -> None:
