@@ -142,11 +142,11 @@ def candidates(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> NDArray[np.i
         keys: of the same N rows.
     """
     known = min(cut.depth, cut.value_digits)
-    at_N = np.broadcast_to(_of(group_N, cut.open_K), len(group_N))
+    at_N = np.broadcast_to(of_groups(group_N, cut.open_K), len(group_N))
     if known:
         # The digits of the value in one comparison, of all rows.
         shift = keys.value.dtype.type(DIGIT_BITS * (cut.value_digits - known))
-        at_N = at_N & (keys.value >> shift == _of(group_N, _value_bits(cut) >> shift))
+        at_N = at_N & (keys.value >> shift == of_groups(group_N, _value_bits(cut) >> shift))
     rows = np.flatnonzero(at_N)
     for place in range(known, cut.depth):
         rows = rows[keys.take(rows).digit(place) == cut.prefix_KL[group_N[rows], place]]
@@ -269,7 +269,7 @@ def taken(cut: Cut, group_N: NDArray[np.int32], keys: Keys) -> Bools:
     """
     if cut.open_K.any():
         raise ValueError(f"{int(cut.open_K.sum())} groups of the cut are still open")
-    last_N, some_N = _of(group_N, _value_bits(cut)), _of(group_N, cut.quota_K > 0)
+    last_N, some_N = of_groups(group_N, _value_bits(cut)), of_groups(group_N, cut.quota_K > 0)
     taken_N: Bools = some_N & (keys.value < last_N)
     equal = np.flatnonzero(some_N & (keys.value == last_N))
     for place in range(cut.value_digits, cut.prefix_KL.shape[1]):
@@ -306,7 +306,7 @@ def _value_bits(cut: Cut) -> NDArray[np.unsignedinteger]:
     return bits_K
 
 
-def _of(group_N: NDArray[np.int32], value_K: NDArray[Any]) -> NDArray[Any]:
+def of_groups(group_N: NDArray[np.int32], value_K: NDArray[Any]) -> NDArray[Any]:
     """The value of each row's group; of an only group as it is, to be broadcast: no copy for every row."""
     return value_K if len(value_K) == 1 else value_K[group_N]
 

@@ -6,79 +6,134 @@ sort of the few that are left. Used for global cuts and draws (one group) and fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline import exact
-from pipeline.arrow import fixed, unfixed
+from pipeline.arrow import fixed, unfixed, valid
 from pipeline.exact import Counts, Cut, Keys
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
 from pipeline.run import Run
 from pipeline.stage import Function, Made, Rows
+from pipeline.step import places_in
 from pipeline.vectors import uid_words
 
 GATHER_ROWS = 1 << 22
 """Undecided rows that one process sorts: some 200 MB."""
 
-VALUES, TIES = ("group", "bits"), ("uid", "unit", "row")
-"""Columns of `ranked` rows that are counted first, and those that only rows of equal value need."""
+FEW_ROWS = 64
+"""Undecided rows above which one more count of the values, of 4 or 8 bytes a row, costs less than to look up uids."""
 
 
-def ranked(
-    at_M: np.ndarray,
-    group_M: np.ndarray,
-    bits_M: np.ndarray,
-    uid_M: pa.Array,
-    unit_M: np.ndarray,
-    row_M: np.ndarray,
-    measure_M: np.ndarray | None = None,
-) -> pa.Table:
-    """Rows in the form that the stages of this module read.
+def ranked(bits_N: np.ndarray, in_N: np.ndarray, group_N: np.ndarray | None = None) -> pa.Table:
+    """The rows of a part in the form that the stages of this module read: one for each of its samples.
 
     Args:
-        at_M: position of the row in its part.
-        group_M: int32, which quota it counts against.
-        bits_M: uint32 or uint64, lower first: vectors.ordered_bits of the value, complemented for highest first.
-        uid_M: binary(16).
-        unit_M: ordinal of the unit in the pool.
-        row_M: ordinal of the row in its unit.
-        measure_M: float64, what the decision names as the row's value; None where there is nothing to name.
+        bits_N: uint32 or uint64, lower first: vectors.ordered_bits of the value, complemented for highest first.
+        in_N: bool, which rows count; the others are never taken.
+        group_N: int32, which quota each counts against; None where there is one.
     """
-    measure = pa.nulls(len(at_M), pa.float64()) if measure_M is None else pa.array(measure_M.astype(np.float64))
-    return pa.table(
-        {
-            "at": pa.array(at_M.astype(np.uint32)),
-            "group": pa.array(group_M.astype(np.int32)),
-            "bits": pa.array(bits_M),
-            "uid": uid_M,
-            "unit": pa.array(unit_M.astype(np.uint32)),
-            "row": pa.array(row_M.astype(np.uint32)),
-            "measure": measure,
-        }
-    )
+    columns = {"bits": pa.array(bits_N, mask=None if in_N.all() else ~in_N)}
+    if group_N is not None:
+        columns["group"] = pa.array(group_N.astype(np.int32))
+    return pa.table(columns)
 
 
-def keys_of(rows: pa.Table) -> tuple[np.ndarray, Keys]:
-    """Groups and keys of ranked rows; where the columns TIES were not read, all words but the value are 0."""
-    group_M, bits_M = rows.column("group").to_numpy(), rows.column("bits").to_numpy()
-    if "uid" not in rows.column_names:
-        word_M = np.broadcast_to(np.uint64(0), len(bits_M))
-        ordinal_M = np.broadcast_to(np.uint32(0), len(bits_M))
-        return group_M, Keys(bits_M, word_M, word_M, ordinal_M, ordinal_M)
-    high_M, low_M = uid_words(unfixed(rows.column("uid"), np.uint8))
-    return group_M, Keys(bits_M, high_M, low_M, rows.column("unit").to_numpy(), rows.column("row").to_numpy())
+@dataclass(frozen=True)
+class Ranks:
+    """The rows of a part that count.
+
+    Attributes:
+        at: int64 (M,), position in the part.
+        group: int32 (M,).
+        bits: uint32 or uint64 (M,).
+        rows: of the part, counted or not.
+    """
+
+    at: np.ndarray
+    group: np.ndarray
+    bits: np.ndarray
+    rows: int
+
+    @staticmethod
+    def of(ranked: Rows) -> Ranks:
+        table = ranked.table()
+        column = table.column("bits").combine_chunks()
+        at_M = np.flatnonzero(valid(column))
+        bits_M = column.drop_null().to_numpy()
+        group_M = np.broadcast_to(np.int32(0), len(at_M))
+        if "group" in table.column_names:
+            group_M = table.column("group").to_numpy()[at_M]
+        return Ranks(at_M, group_M, bits_M, table.num_rows)
+
+    def take(self, some: np.ndarray) -> Ranks:
+        return Ranks(self.at[some], self.group[some], self.bits[some], self.rows)
+
+    @property
+    def bare(self) -> Keys:
+        """Keys of which only the value is right."""
+        word_M = np.broadcast_to(np.uint64(0), len(self.at))
+        ordinal_M = np.broadcast_to(np.uint32(0), len(self.at))
+        return Keys(self.bits, word_M, word_M, ordinal_M, ordinal_M)
+
+    def keys(self, samples: Rows, place: Rows) -> Keys:
+        """Whole keys; for few rows, since the uids lie among all else that is known of the samples."""
+        unit_M, row_M = (ordinal_N[self.at] for ordinal_N in places_in(samples, place))
+        uid = samples.table(["uid"]).column("uid").take(pa.array(self.at))
+        return Keys(self.bits, *uid_words(unfixed(uid, np.uint8)), unit_M, row_M)
+
+    def last(self, cut: Cut) -> np.ndarray:
+        """Positions here, int64, of the rows that have the value of the last one that a finished cut takes."""
+        value_K, known_K = exact.last_value_bits(cut)
+        known = exact.of_groups(self.group, known_K)
+        return np.flatnonzero((self.bits == exact.of_groups(self.group, value_K)) & known)
+
+    def near(self, cut: Cut) -> Ranks:
+        """The undecided rows, as far as their value tells."""
+        known = replace(cut, depth_K=np.minimum(cut.depth_K, cut.value_digits))
+        return self.take(exact.candidates(known, self.group, self.bare))
 
 
-def exact_cut(run: Run, rows: Dataset, quota: Dataset, value_bits: int, gather_rows: int = GATHER_ROWS) -> Dataset:
+def taken(cut: Cut, rows: Rows, samples: Rows, place: Rows) -> np.ndarray:
+    """Which rows of a part a finished cut takes: bool (N,).
+
+    Args:
+        cut: with no open group.
+        rows: `ranked`.
+        samples: the same rows of schema.SAMPLES; read only where rows have the value of the last one taken.
+        place: of the part (step.places_in).
+    """
+    ranks = Ranks.of(rows)
+    taken_M = exact.taken(cut, ranks.group, ranks.bare)
+    last = ranks.last(cut)
+    tied = last[(cut.depth_K > cut.value_digits)[ranks.group[last]]]
+    if len(tied):
+        some = ranks.take(tied)
+        taken_M[tied] = exact.taken(cut, some.group, some.keys(samples, place))
+    taken_N = np.zeros(ranks.rows, bool)
+    taken_N[ranks.at[taken_M]] = True
+    return taken_N
+
+
+def exact_cut(
+    run: Run,
+    rows: Dataset,
+    samples: Dataset,
+    places: Dataset,
+    quota: Dataset,
+    value_bits: int,
+    gather_rows: int = GATHER_ROWS,
+) -> Dataset:
     """Find the last row that each group's quota takes.
 
     Args:
         run: does the passes.
         rows: `ranked` rows of every part.
+        samples, places: of the same parts.
         quota: one part, with a column `quota` or given as {"quota": [...]}; int64, one for each group.
         value_bits: 32 or 64, as the rows' `bits` have.
         gather_rows: as GATHER_ROWS; never changes the result.
@@ -87,12 +142,12 @@ def exact_cut(run: Run, rows: Dataset, quota: Dataset, value_bits: int, gather_r
         One part that `cut_of` reads.
     """
     cut = run.map(Start(value_bits), quota)["cut"]
-    undecided = rows.num_rows
-    while undecided > gather_rows:
-        counts = run.map(Count(), rows, cut.spread(len(rows)))["counts"]
+    undecided, depth = rows.num_rows, 0
+    while undecided > (gather_rows if depth >= value_bits // exact.DIGIT_BITS else min(gather_rows, FEW_ROWS)):
+        counts = run.map(Count(), rows, samples, places, cut.spread(len(rows)))["counts"]
         cut = run.map(Refine(), counts.grouped(len(counts)), cut)["cut"]
-        undecided = next(cut.facts())["undecided"]
-    left = run.map(Gather(), rows, cut.spread(len(rows)))["undecided"]
+        undecided, depth = next(cut.facts())["undecided"], depth + 1
+    left = run.map(Gather(), rows, samples, places, cut.spread(len(rows)))["undecided"]
     return run.map(Settle(), left.grouped(len(left)), cut)["cut"]
 
 
@@ -145,17 +200,21 @@ class Count:
     """Histogram of the next digit of a part's undecided rows."""
 
     name: ClassVar[str] = "quota_count"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("counts",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.count
 
-    def count(self, rows: Rows, cut: Rows) -> Made:
-        found = cut_of(cut)
-        ties = TIES if found.depth >= found.value_digits else ()
-        counts = exact.histogram(found, *keys_of(rows.table([*VALUES, *ties])))
+    def count(self, rows: Rows, samples: Rows, place: Rows, cut: Rows) -> Made:
+        found, ranks = cut_of(cut), Ranks.of(rows)
+        if found.depth < found.value_digits:
+            counts = exact.histogram(found, ranks.group, ranks.bare)
+        else:
+            near = ranks.near(found)
+            keys = near.keys(samples, place) if len(near.at) else near.bare
+            counts = exact.histogram(found, near.group, keys)
         columns = {"group": counts.group, "digit": counts.digit, "count": counts.count}
         return Made({"counts": pa.table({name: pa.array(values) for name, values in columns.items()})})
 
@@ -185,16 +244,18 @@ class Gather:
     """The rows of a part that are still undecided."""
 
     name: ClassVar[str] = "quota_gather"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("undecided",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.gather
 
-    def gather(self, rows: Rows, cut: Rows) -> Made:
-        table = rows.table([*VALUES, *TIES])
-        return Made({"undecided": table.take(pa.array(exact.candidates(cut_of(cut), *keys_of(table))))})
+    def gather(self, rows: Rows, samples: Rows, place: Rows, cut: Rows) -> Made:
+        found = cut_of(cut)
+        near = Ranks.of(rows).near(found)
+        keys = near.keys(samples, place) if len(near.at) else near.bare
+        return Made({"undecided": key_table(near.group, keys).take(exact.candidates(found, near.group, keys))})
 
 
 @dataclass(frozen=True)
@@ -202,7 +263,7 @@ class Settle:
     """The final cut, by sorting the undecided rows of all parts."""
 
     name: ClassVar[str] = "quota_settle"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("cut",)
     exact: ClassVar[bool] = True
 
@@ -211,3 +272,13 @@ class Settle:
 
     def settle(self, undecided: Rows, cut: Rows) -> Made:
         return cut_table(exact.settle(cut_of(cut), *keys_of(undecided.table())))
+
+
+def key_table(group_M: np.ndarray, keys: Keys) -> pa.Table:
+    """Groups and whole keys as a table."""
+    return pa.table({"group": group_M, **{f.name: getattr(keys, f.name) for f in fields(keys)}})
+
+
+def keys_of(table: pa.Table) -> tuple[np.ndarray, Keys]:
+    """The inverse of `key_table`."""
+    return table.column("group").to_numpy(), Keys(*(table.column(f.name).to_numpy() for f in fields(Keys)))

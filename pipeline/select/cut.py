@@ -12,17 +12,19 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from pipeline import exact
-from pipeline.exact import last_value_bits, taken
+from pipeline.arrow import valid
+from pipeline.exact import last_value_bits
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, given
-from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.quota import cut_of, exact_cut, ranked, taken
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import alive, drop, made
-from pipeline.step import RULE, Base, Keep, Outcome, Step, asked, places_in, table_numbers
+from pipeline.step import RULE, Base, Keep, Outcome, Step, asked, table_numbers
 from pipeline.vectors import from_ordered_bits, ordered_bits
 
 
@@ -58,14 +60,16 @@ class Cut:
 
     def apply(self, step: Step) -> Outcome:
         source = step.columns if self.column else step.scores[self.score]
-        scored = step.run.map(Score(self.column), source, step.samples, step.state, step.places)["scored"]
+        scored = step.run.map(Score(self.column), source, step.state)["scored"]
         if self.min is not None:
             state = step.run.map(CutAt(step.number, float(self.min)), step.state, scored, step.samples)["state"]
             return Outcome(state, files={"cut.json": _report(step.base(self.of), None, state, self.min)})
         assert self.keep is not None
         want = step.budget(self.keep, self.of)
-        cut = exact_cut(step.run, scored, given([{"quota": [want]}]), 64 if self.column else 32)
-        state = step.run.map(CutTop(step.number), step.state, scored, cut.spread(len(scored)), step.samples)["state"]
+        bits = 64 if self.column else 32
+        cut = exact_cut(step.run, scored, step.samples, step.places, given([{"quota": [want]}]), bits)
+        inputs = step.state, scored, cut.spread(len(scored)), step.samples, step.places
+        state = step.run.map(CutTop(step.number), *inputs)["state"]
         threshold = lowest_kept(cut_of(step.run.rows(cut.parts[0])))
         asked_for = asked(self.keep, step.base(self.of))
         return Outcome(state, files={"cut.json": _report(step.base(self.of), asked_for, state, threshold)})
@@ -89,24 +93,20 @@ class Score:
     column: str | None
 
     name: ClassVar[str] = "cut_score"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("scored",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.score
 
-    def score(self, source: Rows, samples: Rows, state: Rows, place: Rows) -> Made:
+    def score(self, source: Rows, state: Rows) -> Made:
         if self.column:
             score_N = np.concatenate([table_numbers(piece, self.column) for piece in source.pieces()])
         else:
             score_N = source.table(["score"]).column("score").to_numpy(zero_copy_only=False)  # float32, null is NaN
-        at_M = np.flatnonzero(alive(state.table(["dropped_by"])) & np.isfinite(score_N))
-        uid = samples.table(["uid"]).column("uid").combine_chunks().take(pa.array(at_M))
-        unit_N, row_N = places_in(samples, place)
-        zero_M = np.zeros(len(at_M), np.int32)
-        rows = ranked(at_M, zero_M, ~ordered_bits(score_N[at_M]), uid, unit_N[at_M], row_N[at_M], score_N[at_M])
-        return Made({"scored": rows})
+        in_N = alive(state.table(["dropped_by"])) & np.isfinite(score_N)
+        return Made({"scored": ranked(~ordered_bits(np.where(in_N, score_N, 0)), in_N)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +116,17 @@ class CutTop:
     number: int
 
     name: ClassVar[str] = "cut_top"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("state",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.cut
 
-    def cut(self, state: Rows, scored: Rows, cut: Rows, samples: Rows) -> Made:
-        table, limit = scored.table(), cut_of(cut)
-        return _cut(self.number, state, table, taken(limit, *keys_of(table)), lowest_kept(limit), samples)
+    def cut(self, state: Rows, scored: Rows, cut: Rows, samples: Rows, place: Rows) -> Made:
+        limit = cut_of(cut)
+        keep_N = taken(limit, scored, samples, place)
+        return _cut(self.number, state, scores_of(scored), keep_N, lowest_kept(limit), samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ class CutAt:
     min: float
 
     name: ClassVar[str] = "cut_at"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("state",)
     exact: ClassVar[bool] = True
 
@@ -144,21 +145,23 @@ class CutAt:
         return self.cut
 
     def cut(self, state: Rows, scored: Rows, samples: Rows) -> Made:
-        table = scored.table()
-        return _cut(self.number, state, table, table.column("measure").to_numpy() >= self.min, self.min, samples)
+        score_N = scores_of(scored)
+        keep_N = np.asarray(pc.fill_null(pc.greater_equal(score_N, self.min), False))
+        return _cut(self.number, state, score_N, keep_N, self.min, samples)
+
+
+def scores_of(scored: Rows) -> pa.Array:
+    """The scores that rows of `Score` are ranked by: float64 (N,), null for rows that have none or are dropped."""
+    bits_N = scored.table().column("bits").combine_chunks()
+    score_N = from_ordered_bits(~pc.fill_null(bits_N, 0).to_numpy()).astype(np.float64)
+    return pa.array(score_N, mask=~valid(bits_N))
 
 
 def _cut(
-    number: int, state: Rows, scored: pa.Table, keep_M: np.ndarray, threshold: float | None, samples: Rows
+    number: int, state: Rows, score_N: pa.Array, keep_N: np.ndarray, threshold: float | None, samples: Rows
 ) -> Made:
     before = state.table()
-    at_M = scored.column("at").to_numpy()
-    value_N = np.full(before.num_rows, np.nan)
-    value_N[at_M] = scored.column("measure").to_numpy()
-    keep_N = np.zeros(before.num_rows, bool)
-    keep_N[at_M[keep_M]] = True
-    reason_N = pa.array(np.where(np.isnan(value_N), "no_score", "low_score"), pa.string())
-    value = pa.array(value_N, pa.float64(), from_pandas=True)
+    reason_N = pc.if_else(pc.is_valid(score_N), pa.scalar("low_score"), pa.scalar("no_score"))
     drop_N = alive(before) & ~keep_N
     bound = pa.scalar(threshold, pa.float64())
-    return made(before, drop(before, number, drop_N, reason_N, value, bound), samples.lengths)
+    return made(before, drop(before, number, drop_N, reason_N, score_N, bound), samples.lengths)

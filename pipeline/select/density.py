@@ -15,14 +15,14 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from pipeline.arrow import hexes
 from pipeline.cluster import MOST_PER_CLUSTER, Clustering, centroids_of, health, nobody, sums_of
-from pipeline.exact import taken
+from pipeline.exact import last_value_bits
 from pipeline.machine import Machine
 from pipeline.parts import given, to_parquet
-from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.quota import Ranks, cut_of, exact_cut, key_table, keys_of, ranked, taken
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import alive, drop, made
-from pipeline.step import RULE, Base, Keep, Outcome, Step, places_in
-from pipeline.vectors import Bools, Float32s, Float64s, draw, norms, ordered_bits
+from pipeline.step import RULE, Base, Keep, Outcome, Step
+from pipeline.vectors import Bools, Float32s, Float64s, draw, from_ordered_bits, norms, ordered_bits
 
 CELLS = 2**22  # cosines held at a time: 32 MiB
 REMAINDER_BITS = 30  # 1e-9 of a sample
@@ -242,13 +242,16 @@ class Density:
         total = given([{"total": step.budget(self.keep, self.of)}])
         table = step.run.map(share, found.sizes.grouped(len(found.sizes)), found.centroids, total)["clusters"]
         rank = Rank(self.pick, step.seed, step.name)
-        rows = step.run.map(rank, found.assigned, step.samples, step.places)["ranked"]
-        cut = exact_cut(step.run, rows, table, 64 if self.pick == "random" else 32)
+        rows = step.run.map(rank, found.assigned, step.samples)["ranked"]
+        cut = exact_cut(step.run, rows, step.samples, step.places, table, 64 if self.pick == "random" else 32)
         many = len(rows)
-        last = step.run.map(LastKept(), rows, cut.spread(many))["last"]
-        bounds = step.run.map(Bounds(found.k), last.grouped(many))["bounds"]
-        prune = Prune(step.number)
-        state = step.run.map(prune, step.state, rows, cut.spread(many), bounds.spread(many), step.samples)["state"]
+        cuts, known = cut.spread(many), (found.assigned, step.samples, step.places)
+        if self.pick == "random":
+            last = step.run.map(LastDrawn(), rows, cuts, *known)["last"]
+            bounds = step.run.map(DrawnBounds(found.k), last.grouped(many))["bounds"]
+        else:
+            bounds = step.run.map(Bounds(self.pick), cut)["bounds"]
+        state = step.run.map(Prune(step.number), step.state, rows, cuts, bounds.spread(many), *known)["state"]
         clusters = step.run.rows(table.parts[0]).table()
         files = {"centroids.npy": found.centroid_file(step), "clusters.parquet": to_parquet(clusters)}
         figures = health(clusters.column("size").to_numpy(), found.objective) | next(table.facts())
@@ -318,50 +321,83 @@ class Rank:
     step: str
 
     name: ClassVar[str] = "density_rank"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("ranked",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.rank
 
-    def rank(self, assigned: Rows, samples: Rows, place: Rows) -> Made:
-        table = assigned.table()
-        at_M, cluster_M, distance_M = (table.column(n).to_numpy() for n in ("at", "cluster", "distance"))
-        uid = samples.table(["uid"]).column("uid").combine_chunks().take(table.column("at"))
+    def rank(self, assigned: Rows, samples: Rows) -> Made:
+        at_M, cluster_M, distance_M = clustered(assigned)
         if self.pick == "random":
+            uid = samples.table(["uid"]).column("uid").take(pa.array(at_M))
             bits_M = draw(self.seed, self.step, [h or "" for h in hexes(uid)])
         else:
             bits_M = ordered_bits(distance_M) if self.pick == "easy" else ~ordered_bits(distance_M)
-        unit_N, row_N = places_in(samples, place)
-        return Made({"ranked": ranked(at_M, cluster_M, bits_M, uid, unit_N[at_M], row_N[at_M], distance_M)})
+        rows = sum(samples.lengths)
+        in_N, bits_N, group_N = np.zeros(rows, bool), np.zeros(rows, bits_M.dtype), np.zeros(rows, np.int32)
+        in_N[at_M], bits_N[at_M], group_N[at_M] = True, bits_M, cluster_M
+        return Made({"ranked": ranked(bits_N, in_N, group_N)})
+
+
+def clustered(assigned: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each survivor of a group: position, int32 cluster, float32 distance."""
+    table = assigned.table()
+    at_M, cluster_M, distance_M = (table.column(name).to_numpy() for name in ("at", "cluster", "distance"))
+    return at_M, cluster_M, distance_M
 
 
 @dataclass(frozen=True)
-class LastKept:
-    """The last row that each cluster keeps of a group."""
+class Bounds:
+    """The distance of the last row that each cluster keeps, by which they are ranked; null where it keeps none."""
+
+    pick: str
+
+    name: ClassVar[str] = "density_bounds"
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("bounds",)
+    exact: ClassVar[bool] = True
+
+    def build(self, machine: Machine) -> Function:
+        return self.bounds
+
+    def bounds(self, cut: Rows) -> Made:
+        bits_K, known_K = last_value_bits(cut_of(cut))
+        distance_K = from_ordered_bits(bits_K if self.pick == "easy" else ~bits_K).astype(np.float64)
+        return Made({"bounds": pa.table({"distance": pa.array(distance_K, mask=~known_K)})})
+
+
+@dataclass(frozen=True)
+class LastDrawn:
+    """Of a group, the rows that may be the last that their cluster keeps of a draw: those of its last hash."""
 
     name: ClassVar[str] = "density_last"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("last",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.last
 
-    def last(self, rows: Rows, cut: Rows) -> Made:
-        table = rows.table()
-        kept = table.filter(pa.array(taken(cut_of(cut), *keys_of(table))))
-        return Made({"last": last_of_each(kept)})
+    def last(self, rows: Rows, cut: Rows, assigned: Rows, samples: Rows, place: Rows) -> Made:
+        found = cut_of(cut)
+        keep_N = taken(found, rows, samples, place)
+        ranks = Ranks.of(rows)
+        last = ranks.last(found)
+        kept = ranks.take(last[keep_N[ranks.at[last]]])
+        at_M, _, distance_M = clustered(assigned)
+        distance = pa.array(distance_M[np.searchsorted(at_M, kept.at)])
+        return Made({"last": key_table(kept.group, kept.keys(samples, place)).append_column("distance", distance)})
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """The distance of the last row that each cluster keeps of all groups; null where it keeps none."""
+class DrawnBounds:
+    """The distance of the last row that each cluster keeps of a draw; null where it keeps none."""
 
     k: int
 
-    name: ClassVar[str] = "density_bounds"
+    name: ClassVar[str] = "density_drawn_bounds"
     version: ClassVar[int] = 1
     outputs: ClassVar[tuple[str, ...]] = ("bounds",)
     exact: ClassVar[bool] = True
@@ -375,12 +411,12 @@ class Bounds:
             merged = last_of_each(piece if merged is None else pa.concat_tables([merged, piece]))
         bound_K = np.full(self.k, np.nan)
         if merged is not None:
-            bound_K[merged.column("group").to_numpy()] = merged.column("measure").to_numpy()
+            bound_K[merged.column("group").to_numpy()] = merged.column("distance").to_numpy()
         return Made({"bounds": pa.table({"distance": pa.array(bound_K, from_pandas=True)})})
 
 
 def last_of_each(rows: pa.Table) -> pa.Table:
-    """The row of the highest key in each group of `quota.ranked` rows, by group."""
+    """The row of the highest key in each group of a `quota.key_table`, by group."""
     group_M, keys = keys_of(rows)
     order_M = np.lexsort((*keys.words[::-1], group_M))
     ends = np.flatnonzero(np.diff(group_M[order_M], append=-1))
@@ -394,21 +430,21 @@ class Prune:
     number: int
 
     name: ClassVar[str] = "density_prune"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("state",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.prune
 
-    def prune(self, state: Rows, rows: Rows, cut: Rows, bounds: Rows, samples: Rows) -> Made:
-        before, table = state.table(), rows.table()
-        at_M, group_M = table.column("at").to_numpy(), table.column("group").to_numpy()
+    def prune(
+        self, state: Rows, rows: Rows, cut: Rows, bounds: Rows, assigned: Rows, samples: Rows, place: Rows
+    ) -> Made:
+        before = state.table()
+        at_M, cluster_M, distance_M = clustered(assigned)
         bound_K = bounds.table().column("distance").to_numpy(zero_copy_only=False)
         value_N, bound_N = np.full(before.num_rows, np.nan), np.full(before.num_rows, np.nan)
-        value_N[at_M], bound_N[at_M] = table.column("measure").to_numpy(), bound_K[group_M]
-        keep_N = np.zeros(before.num_rows, bool)
-        keep_N[at_M[taken(cut_of(cut), *keys_of(table))]] = True
+        value_N[at_M], bound_N[at_M] = distance_M, bound_K[cluster_M]
+        drop_N = alive(before) & ~taken(cut_of(cut), rows, samples, place)
         value, bound = (pa.array(v, pa.float64(), from_pandas=True) for v in (value_N, bound_N))
-        after = drop(before, self.number, alive(before) & ~keep_N, "over_quota", value, bound)
-        return made(before, after, samples.lengths)
+        return made(before, drop(before, self.number, drop_N, "over_quota", value, bound), samples.lengths)

@@ -10,13 +10,12 @@ import pyarrow as pa
 from pydantic.dataclasses import dataclass
 
 from pipeline.arrow import hexes
-from pipeline.exact import taken
 from pipeline.machine import Machine
 from pipeline.parts import given
-from pipeline.quota import cut_of, exact_cut, keys_of, ranked
+from pipeline.quota import cut_of, exact_cut, ranked, taken
 from pipeline.stage import Function, Made, Rows
 from pipeline.state import alive, drop, made
-from pipeline.step import RULE, Base, Keep, Outcome, Step, places_in
+from pipeline.step import RULE, Base, Keep, Outcome, Step
 from pipeline.vectors import draw
 
 
@@ -36,9 +35,11 @@ class Random:
         return {}
 
     def apply(self, step: Step) -> Outcome:
-        drawn = step.run.map(Hash(step.seed, step.name), step.samples, step.state, step.places)["drawn"]
-        cut = exact_cut(step.run, drawn, given([{"quota": [step.budget(self.keep, self.of)]}]), 64)
-        state = step.run.map(Lot(step.number), step.state, drawn, cut.spread(len(drawn)), step.samples)["state"]
+        drawn = step.run.map(Hash(step.seed, step.name), step.samples, step.state)["drawn"]
+        quota = given([{"quota": [step.budget(self.keep, self.of)]}])
+        cut = exact_cut(step.run, drawn, step.samples, step.places, quota, 64)
+        inputs = step.state, drawn, cut.spread(len(drawn)), step.samples, step.places
+        state = step.run.map(Lot(step.number), *inputs)["state"]
         return Outcome(state)
 
 
@@ -50,19 +51,19 @@ class Hash:
     step: str
 
     name: ClassVar[str] = "random_hash"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("drawn",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.hash
 
-    def hash(self, samples: Rows, state: Rows, place: Rows) -> Made:
-        at_M = np.flatnonzero(alive(state.table(["dropped_by"])))
-        uid = samples.table(["uid"]).column("uid").combine_chunks().take(pa.array(at_M))
-        bits_M = draw(self.seed, self.step, [h or "" for h in hexes(uid)])
-        unit_N, row_N = places_in(samples, place)
-        return Made({"drawn": ranked(at_M, np.zeros(len(at_M)), bits_M, uid, unit_N[at_M], row_N[at_M])})
+    def hash(self, samples: Rows, state: Rows) -> Made:
+        in_N = alive(state.table(["dropped_by"]))
+        uid = samples.table(["uid"]).column("uid").filter(pa.array(in_N))
+        bits_N = np.zeros(len(in_N), np.uint64)
+        bits_N[in_N] = draw(self.seed, self.step, [h or "" for h in hexes(uid)])
+        return Made({"drawn": ranked(bits_N, in_N)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +73,14 @@ class Lot:
     number: int
 
     name: ClassVar[str] = "random_lot"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("state",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.lot
 
-    def lot(self, state: Rows, drawn: Rows, cut: Rows, samples: Rows) -> Made:
-        before, table = state.table(), drawn.table()
-        keep_N = np.zeros(before.num_rows, bool)
-        keep_N[table.column("at").to_numpy()[taken(cut_of(cut), *keys_of(table))]] = True
+    def lot(self, state: Rows, drawn: Rows, cut: Rows, samples: Rows, place: Rows) -> Made:
+        before = state.table()
+        keep_N = taken(cut_of(cut), drawn, samples, place)
         return made(before, drop(before, self.number, alive(before) & ~keep_N, "not_drawn"), samples.lengths)
