@@ -55,8 +55,10 @@ def _of_phases(seconds: Mapping[str, float]) -> list[float]:
 def verdict(seconds: Mapping[str, float], workers: int, decoders: int) -> str:
     """`bound` as a line for people."""
     name, more_cores = bound(seconds, workers, decoders)
-    cores = f"{more_cores} more core{'s' if more_cores > 1 else ''} to decode would help" if more_cores else ""
-    return f"bound by {name}; {cores or 'more cores to decode would not help'}"
+    if more_cores:
+        return f"bound by {name}; {more_cores} more core{'s' if more_cores > 1 else ''} to decode would help"
+    faster = f"one more worker would make it {1 + 1 / workers:.3g} times as fast"
+    return f"bound by {name}; more cores to decode would not help, {faster}"
 
 
 @dataclass(frozen=True)

@@ -50,4 +50,7 @@ def test_with_the_cores_it_asks_for_no_more_are_needed_and_decoding_no_longer_bo
 def test_a_verdict_is_a_line() -> None:
     assert verdict({"decode": 9, "image": 4}, 1, 1) == "bound by decoding; 2 more cores to decode would help"
     assert verdict({"decode": 5, "image": 4}, 1, 1) == "bound by decoding; 1 more core to decode would help"
-    assert verdict({"decode": 3, "image": 4}, 1, 1) == "bound by forward passes; more cores to decode would not help"
+    assert verdict({"decode": 3, "image": 4}, 1, 1) == (
+        "bound by forward passes; more cores to decode would not help, one more worker would make it 2 times as fast"
+    )
+    assert verdict({"decode": 3, "image": 4}, 3, 1).endswith("one more worker would make it 1.33 times as fast")

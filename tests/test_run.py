@@ -117,7 +117,8 @@ def test_times_tell_what_workers_held_and_the_progress_what_bounds_them(kind: st
         run.map(Slow(2), numbers, gpu=True)
     finally:
         executor.close()
-    assert progress.remarks == ["bound by forward passes; more cores to decode would not help"] * 3
+    said = "bound by forward passes; more cores to decode would not help, one more worker would make it 2 times as fast"
+    assert progress.remarks == [said] * 3
     _, plain, slow = run.times
     assert [entry["workers"] for entry in run.times] == [1, 1, 1]
     assert "phases" not in plain

@@ -3,10 +3,15 @@
 Both read the same parquet files with polars, which decodes no uid of a row whose score is too low, and write the kept
 rows; ours counts scores beforehand, and decides each row itself. The quantile keeps every row at its value or above, so
 its count is off by the ties; the cut takes exactly what is asked for, ties by uid. Each run has a process of its own.
+
+That is the method alone. A second row times the step as a run does it: two workers that read committed parts and check
+their digests, count, decide each row of the pool, and commit for each whether it is dropped, by what, with which score
+and below which bound.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +28,16 @@ from numpy.typing import NDArray
 
 from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds, within
 from pipeline import exact
-from pipeline.exact import Counts, Cut, Keys
+from pipeline.arrow import fixed
+from pipeline.exact import Counts, Keys
+from pipeline.machine import Machine
+from pipeline.parts import Dataset, File, Part, given, to_parquet
+from pipeline.ray_executor import RayExecutor
+from pipeline.run import Run
+from pipeline.select.cut import Cut
+from pipeline.state import Begin
+from pipeline.step import Step
+from pipeline.storage import Root
 from pipeline.vectors import from_ordered_bits, ordered_bits
 
 PARTS, PART_ROWS = 100, 1_000_000
@@ -58,6 +72,47 @@ def measure(scratch: Path) -> Iterator[Row]:
     name = f"keep {keep:,} of {PARTS * PART_ROWS:,} scores in {PARTS} parts, exactly"
     yield paired(name, f"polars streaming quantile + filter ({over:+d} rows)", 1.0, "scores/s", pairs)
     yield within(f"memory to {name}", MOST_BYTES / 1e6, "MB", peaks)
+    yield stepped(scratch, keep, name)
+
+
+def stepped(scratch: Path, keep: int, name: str) -> Row:
+    """The whole step against the same peer."""
+    executor = RayExecutor(Machine(threads=1, workers=2), "local")
+    pairs = []
+    try:
+        step = step_of(scratch, Run(Root(str(scratch / "store")), Root(str(scratch / "run")), executor, Machine()))
+        for run in range(PAIRS + 1):
+            # A budget that has not been asked for before; the first also starts the workers.
+            sides = partial(Cut("own", keep - run).apply, step), partial(alone, theirs, scratch, keep)
+            took_s = {side: seconds(sides[side]) for side in ((0, 1) if run % 2 else (1, 0))}
+            pairs.append((PARTS * PART_ROWS / took_s[0], PARTS * PART_ROWS / took_s[1]))
+    finally:
+        executor.close()
+    return paired(f"the step of a run: {name}", "polars streaming quantile + filter", 1.0, "scores/s", pairs[1:])
+
+
+def step_of(scratch: Path, run: Run) -> Step:
+    """The first step of a recipe over the scores, which a run finds in its store."""
+    samples, scores = [], []
+    for part in range(PARTS):
+        table = pq.read_table(scratch / f"{part:03}.parquet")
+        uid_N16 = np.stack([table.column(c).to_numpy() for c in COLUMNS[1:]], axis=1).astype(">u8").view(np.uint8)
+        nothing = pa.nulls(PART_ROWS, pa.string())
+        samples.append(committed(run.store, pa.table({"uid": fixed(uid_N16), "problem": nothing})))
+        kinds = {"score": table.column("score"), "problem": nothing, "detail": nothing}
+        scores.append(committed(run.store, pa.table(kinds)))
+    pool, seen = (Dataset("pool", name, tuple(parts)) for name, parts in (("samples", samples), ("scores", scores)))
+    state = run.map(Begin(), pool, seen)["state"]
+    places = given([{"first_unit": part} for part in range(PARTS)])
+    return Step(1, "01-cut", 0, run, pool, pool, {}, {"own": seen}, state, places, PARTS * PART_ROWS)
+
+
+def committed(store: Root, table: pa.Table) -> Part:
+    """A table as a part of one file."""
+    data = to_parquet(table)
+    sha256 = hashlib.sha256(data).hexdigest()
+    store.write(sha256, data)
+    return Part(sha256[:8], (File(sha256, sha256, len(data), table.num_rows),))
 
 
 def alone(work: Callable[[Path, int], int], folder: Path, keep: int) -> tuple[float, int, int]:
@@ -86,20 +141,20 @@ def ours(folder: Path, keep: int) -> int:
         return sum(pool.map(partial(filtered, folder, cut), range(PARTS)))
 
 
-def counted(folder: Path, cut: Cut, unit: int) -> Counts:
+def counted(folder: Path, cut: exact.Cut, unit: int) -> Counts:
     """A part's histogram, from its scores alone."""
     with pq.ParquetFile(folder / f"{unit:03}.parquet", memory_map=True) as part:
         return exact.histogram(cut, *keys_of(part.read(columns=COLUMNS[:1], use_threads=False), unit, ROW_N))
 
 
-def undecided(folder: Path, cut: Cut, unit: int) -> tuple[NDArray[np.int32], Keys]:
+def undecided(folder: Path, cut: exact.Cut, unit: int) -> tuple[NDArray[np.int32], Keys]:
     """A part's rows that the histograms left."""
     _, group_N, keys = scored(folder, unit, *score_range(cut))
     left = exact.candidates(cut, group_N, keys)
     return group_N[left], keys.take(left)
 
 
-def filtered(folder: Path, cut: Cut, unit: int) -> int:
+def filtered(folder: Path, cut: exact.Cut, unit: int) -> int:
     """Write a part's kept rows; how many."""
     rows, group_N, keys = scored(folder, unit, score_range(cut)[0], math.inf)
     kept = rows.select(COLUMNS).filter(exact.taken(cut, group_N, keys))
@@ -114,7 +169,7 @@ def scored(folder: Path, unit: int, least: float, most: float) -> tuple[pl.DataF
     return rows, *keys_of(rows.to_arrow(), unit, rows["row"].to_numpy())
 
 
-def score_range(cut: Cut) -> tuple[float, float]:
+def score_range(cut: exact.Cut) -> tuple[float, float]:
     """The lowest and highest score that the known digits of the last taken key leave."""
     first = int.from_bytes(cut.prefix_KL[0, : cut.value_digits].astype(">u2").tobytes(), "big")
     unknown = max(0, cut.value_digits - int(cut.depth_K[0]))
