@@ -246,7 +246,7 @@ def test_every_entrypoint_names_files_that_exist(name: str) -> None:
 
 def test_every_machine_file_loads() -> None:
     names = {path.stem: load_machine(str(path)) for path in (ROOT / "conf/machines").glob("*.yaml")}
-    assert set(names) == {"laptop", "gpu_node", "cluster"}
+    assert set(names) == {"laptop", "gpu_node", "cluster", "a100_nodes"}
     assert names["laptop"].device == "auto" and names["gpu_node"].gpus is None
 
 
