@@ -1,6 +1,9 @@
-"""Peak memory of a Ray worker that does a whole run, for growing shards and for growing pools.
+"""Peak memory of a Ray worker that does a whole run, for growing shards and for growing pools; and of what takes most.
 
 Shards grow in images and in bytes and are embedded; pools grow in shards, far enough for several groups of GROUP_UNITS.
+What takes most is a group's survivors on their way to their clusters, and the sample that k-means is trained on: each
+is measured in a process of its own that finds all before it done, against what a worker may hold and what the README
+adds for that stage, and against the first alone.
 """
 
 from __future__ import annotations
@@ -17,23 +20,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from jobs.benches.measure import Row, paired, peak_rss_bytes, within
+from jobs.benches.measure import RUNS, Row, alone, paired, peak_rss_bytes, within
+from pipeline.cluster import Clustering, Draw, Train
 from pipeline.curate import curate
+from pipeline.executor import Executor, Serial
 from pipeline.formats.tar import END, member_header, padding
 from pipeline.machine import Machine
+from pipeline.parts import given
+from pipeline.pool import Pool, list_units
+from pipeline.precomputed import Precomputed
 from pipeline.ray_executor import RayExecutor
+from pipeline.read import Read
 from pipeline.recipe import recipe_of
 from pipeline.run import Run
 from pipeline.schema import GROUP_UNITS
+from pipeline.select.dedup import CLUSTER_ROWS, TASKS, Buckets, Dedup, Scatter
+from pipeline.state import Begin
+from pipeline.step import Step
 from pipeline.storage import Root
 
 BUDGET_MB = 2000
 """Of a CPU worker with a small model, as the README states it."""
 
+TRAINED_BYTES = 2200
+"""Of each row of 512 dimensions that k-means is trained on, as the README states it."""
+
 SAMPLES, IMAGE_BYTES = 300, 40_000
 SIZES = (1, 4, 10)
 SHARDS, ROWS, DIMS = GROUP_UNITS, 50, 64
 MACHINE = Machine(threads=1, workers=1, image_batch=32)
+VECTOR_ROWS, VECTOR_DIMS, ITERATIONS = 10_000, 512, 20
+TRAINED, TRAINED_GROUP = 100, 16
+"""Clusters that k-means is trained for, on a sample from groups of so many units."""
+
+STAGE_RUNS = 3
+"""A minute each."""
 
 
 def measure(scratch: Path) -> Iterator[Row]:
@@ -42,14 +63,73 @@ def measure(scratch: Path) -> Iterator[Row]:
         pool = scratch / f"tars-{size}"
         write_tar(pool, size * SAMPLES)
         title = f"memory: a worker that embeds, selects and writes a shard of {size * SAMPLES * IMAGE_BYTES / 1e6:g} MB"
-        yield within(title, BUDGET_MB, "MB", [worker_mb(tar_recipe(pool), scratch / f"tars-{size}-run")])
-    peaks = []
-    for size in (1, 10):
-        pool = scratch / f"metadata-{size}"
+        runs = [scratch / f"tars-{size}-run-{run}" for run in range(RUNS)]
+        yield within(title, BUDGET_MB, "MB", [worker_mb(tar_recipe(pool), run) for run in runs])
+    pools = {size: scratch / f"metadata-{size}" for size in (1, 10)}
+    for size, pool in pools.items():
         write_metadata(pool, size * SHARDS)
-        peaks.append(worker_mb(metadata_recipe(pool), scratch / f"metadata-{size}-run"))
+    peaks = []
+    for run in range(RUNS):
+        one, ten = (worker_mb(metadata_recipe(pool), Path(f"{pool}-run-{run}")) for pool in pools.values())
+        peaks.append((one, ten))
     title = f"memory: a worker that selects from {SHARDS:,} shards"
-    yield paired(title, f"from {10 * SHARDS:,}", 0.9, "MB", [(peaks[0], peaks[1])])
+    yield paired(title, f"from {10 * SHARDS:,}", 0.9, "MB", peaks)
+    yield from stages(scratch)
+
+
+def stages(scratch: Path) -> Iterator[Row]:
+    """Peak memory of the two stages."""
+    write_vectors(scratch / "vectors")
+    executor = RayExecutor(Machine(threads=1, workers=2), "local")
+    try:
+        scatter(scratch, executor, 0)
+        trained = train(scratch, executor, 0)
+    finally:
+        executor.close()
+    survivors = GROUP_UNITS * VECTOR_ROWS
+    for title, stated_bytes, work in (
+        (f"scatters {survivors:,} x {VECTOR_DIMS} for dedup", 2 * survivors * VECTOR_DIMS, scatter),
+        (f"trains k-means on {trained:,} x {VECTOR_DIMS}", TRAINED_BYTES * trained, train),
+    ):
+        peaks_mb = [alone(work, scratch, Serial(), 1 + run)[1] / 1e6 for run in range(STAGE_RUNS)]
+        title = f"memory: a worker that {title}"
+        yield within(f"{title}, with what the README adds for it", BUDGET_MB + stated_bytes // 10**6, "MB", peaks_mb)
+        yield within(f"{title}, as any other", BUDGET_MB, "MB", peaks_mb)
+
+
+def scatter(scratch: Path, executor: Executor, number: int) -> None:
+    """Send the survivors of a group to the buckets of their clusters, which are larger for each number."""
+    step = vectors_step(scratch, executor, GROUP_UNITS)
+    evidence, side = step.space("own")
+    found = Clustering(step.survivors // CLUSTER_ROWS, 1, 1, 0).fit(step, "own")
+    rows = step.survivors // TASKS * (1 + number)
+    buckets = step.run.map(Buckets(found.k, rows), found.sizes.grouped(1))["buckets"]
+    count = next(buckets.facts())["buckets"]
+    step.run.map(Scatter(side, count), evidence, step.samples, found.assigned, step.places, buckets)
+
+
+def train(scratch: Path, executor: Executor, number: int) -> int:
+    """Train centroids on a sample as dedup draws it, from each number's seed; rows of the sample."""
+    step = vectors_step(scratch, executor, TRAINED_GROUP)
+    evidence, side = step.space("own")
+    fraction = TRAINED * Dedup("own", 0.05).sample_per_cluster / step.survivors
+    drawn = step.run.map(Draw(side, 0, step.name, fraction), evidence, step.samples, step.state)["drawn"]
+    centroids = step.run.map(Train(TRAINED, ITERATIONS, number), drawn.grouped(len(drawn)))["centroids"]
+    return int(next(centroids.facts())["sample"])
+
+
+def vectors_step(scratch: Path, executor: Executor, group_units: int) -> Step:
+    """The first step of a run over scratch/vectors."""
+    run = Run(Root(str(scratch / "store")), Root(str(scratch)), executor, MACHINE)
+    units = list_units(Pool("datacomp", str(scratch / "vectors")), {})
+    read = run.read(Read("datacomp"), units)
+    made = run.map(Precomputed("img", None, "datacomp", VECTOR_DIMS), read["samples"], units=units)
+    found = (read["samples"], read["columns"], made["vectors"], made["scores"])
+    samples, columns, vectors, scores = (each.grouped(group_units) for each in found)
+    state = run.map(Begin(), samples, scores)["state"]
+    places = given([{"first_unit": i * group_units, "group": i} for i in range(len(samples))])
+    seen = {"own": vectors}, {"own": scores}
+    return Step(1, "01-dedup", 0, run, samples, columns, *seen, state, places, samples.num_rows)
 
 
 @dataclass(frozen=True)
@@ -126,3 +206,14 @@ def write_metadata(folder: Path, shards: int) -> None:
         pq.write_table(pa.table(table), folder / f"{shard:08d}.parquet")
         img, txt = random.normal(size=(2, ROWS, DIMS)).astype(np.float16)
         np.savez(folder / f"{shard:08d}.npz", img=img, txt=txt)
+
+
+def write_vectors(folder: Path) -> None:
+    """A group's shards in DataComp's layout, with random vectors."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for shard in range(GROUP_UNITS):
+        uids = [random.bytes(16).hex() for _ in range(VECTOR_ROWS)]
+        pq.write_table(pa.table({"uid": uids, "text": uids}), folder / f"{shard:08d}.parquet")
+        img = random.standard_normal((VECTOR_ROWS, VECTOR_DIMS), np.float32).astype(np.float16)
+        np.savez(folder / f"{shard:08d}.npz", img=img)
