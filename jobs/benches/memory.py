@@ -53,8 +53,8 @@ VECTOR_ROWS, VECTOR_DIMS, ITERATIONS = 10_000, 512, 20
 TRAINED, TRAINED_GROUP = 100, 16
 """Clusters that k-means is trained for, on a sample from groups of so many units."""
 
-STAGE_RUNS = 3
-"""A minute each."""
+LONG_RUNS = 3
+"""Of what takes a minute or two."""
 
 
 def measure(scratch: Path) -> Iterator[Row]:
@@ -69,7 +69,7 @@ def measure(scratch: Path) -> Iterator[Row]:
     for size, pool in pools.items():
         write_metadata(pool, size * SHARDS)
     peaks = []
-    for run in range(RUNS):
+    for run in range(LONG_RUNS):
         one, ten = (worker_mb(metadata_recipe(pool), Path(f"{pool}-run-{run}")) for pool in pools.values())
         peaks.append((one, ten))
     title = f"memory: a worker that selects from {SHARDS:,} shards"
@@ -91,7 +91,7 @@ def stages(scratch: Path) -> Iterator[Row]:
         (f"scatters {survivors:,} x {VECTOR_DIMS} for dedup", 2 * survivors * VECTOR_DIMS, scatter),
         (f"trains k-means on {trained:,} x {VECTOR_DIMS}", TRAINED_BYTES * trained, train),
     ):
-        peaks_mb = [alone(work, scratch, Serial(), 1 + run)[1] / 1e6 for run in range(STAGE_RUNS)]
+        peaks_mb = [alone(work, scratch, Serial(), 1 + run)[1] / 1e6 for run in range(LONG_RUNS)]
         title = f"memory: a worker that {title}"
         yield within(f"{title}, with what the README adds for it", BUDGET_MB + stated_bytes // 10**6, "MB", peaks_mb)
         yield within(f"{title}, as any other", BUDGET_MB, "MB", peaks_mb)
