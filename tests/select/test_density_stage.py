@@ -11,7 +11,9 @@ import pytest
 from pipeline import vectors
 from pipeline.arrow import fixed
 from pipeline.cluster import DISTANCE_UNIT
-from pipeline.select.density import CLUSTERS, Density, Share
+from pipeline.parts import given as told
+from pipeline.quota import exact_cut, ranked
+from pipeline.select.density import CLUSTERS, Density, DrawnBounds, LastDrawn, Share
 from pipeline.stage import Made
 from tests import steps
 from tests.steps import Told
@@ -161,6 +163,21 @@ def test_changed_quotas_use_the_clusters_that_are_there():
     step.run.times.clear()
     Density("clip", clusters=4, keep=0.2, iterations=3, temperature=0.5).apply(step)
     assert not {e["stage"] for e in step.run.times} & {"cluster_draw", "cluster_train", "cluster_sum", "cluster_assign"}
+
+
+def test_the_last_drawn_of_equal_rows_is_the_last_by_uid_that_the_quota_takes():
+    run = steps.memory_run()
+    samples = steps.stored(run, [steps.uids(5, 3, 9)])
+    places = told([{"first_unit": 0}])
+    rows = steps.stored(run, [ranked(np.full(3, 7, np.uint64), np.ones(3, bool), np.zeros(3, np.int32))])
+    assigned = pa.table({"at": [0, 1, 2], "cluster": [0, 0, 0], "distance": np.array([0.5, 0.25, 0.75], np.float32)})
+    for quota, bound in [(1, 0.25), (2, 0.5), (3, 0.75)]:
+        cut = exact_cut(run, rows, samples, places, told([{"quota": [quota]}]), 64)
+        found = [run.rows(dataset.parts[0]) for dataset in (rows, cut)]
+        told_rows = Told(assigned), *(run.rows(dataset.parts[0]) for dataset in (samples, places))
+        last = LastDrawn().last(*found, *told_rows).tables["last"]
+        bounds = DrawnBounds(1).bounds(Told(last)).tables["bounds"]
+        assert bounds.column("distance").to_pylist() == [bound]
 
 
 def test_the_published_case_through_the_stage():
