@@ -1,8 +1,8 @@
 """Exact assignment to the nearest centroid, against the float32 product that it cannot do without.
 
 The limit is the processor's own float32 rate for that product, measured before each run on the same cores. k-means asks
-for the labels alone, the stages of a recipe for each row's float64 distance, too. Both are the same bits whether
-float32 or bfloat16 is multiplied first; that is checked here, too.
+for the labels alone, the stages of a recipe for each row's float64 distance, too. Both have to be those that float64
+products of all rows with all centroids give, bit by bit; that is checked here, too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jobs.benches.cores import Pairs, on_every_core
 from jobs.benches.measure import Row, paired, seconds
 from pipeline.kmeans import clusters_of, nearest, on_grid, partial_sums, recentre
 from pipeline.machine import bf16_flags, keep_freed_memory
-from pipeline.vectors import Float16s, Float32s, unit16
+from pipeline.vectors import Float16s, Float32s, norms, unit16
 
 ROWS, DIMS = 200_000, 512
 CLUSTERS = (500, 4000)
 FAMILIES = 3000
 PAIRS = 5
-GEMM_ROWS = 4096
+GEMM_ROWS, CHECKED_ROWS = 4096, 1024
 
 
 def measure(scratch: Path) -> Iterator[Row]:
@@ -41,15 +41,26 @@ def rates(k: int, bf16: bool, work: Callable[..., object], number: int, cores: i
     keep_freed_memory()  # as a worker does
     vec_ND = families(ROWS // cores, number)
     centroid_KD = mean_of_some(vec_ND, k)
-    some_ND = vec_ND[:10_000]
-    for ours, other in zip(nearest(some_ND, centroid_KD, bf16=bf16), nearest(some_ND, centroid_KD), strict=True):
-        if ours.tobytes() != other.tobytes():
-            raise AssertionError("the precision of the product changed an assignment")
+    check(vec_ND, centroid_KD, bf16)
     pairs = []
     for _ in range(PAIRS):
         peak = float32_rows(centroid_KD)
         pairs.append((len(vec_ND) / seconds(lambda: work(vec_ND, centroid_KD, bf16=bf16)), peak))
     return pairs
+
+
+def check(vec_ND: Float16s, centroid_KD: Float32s, bf16: bool) -> None:
+    """See that every row's cluster and distance are those of float64 products alone."""
+    cluster_N, distance_N = nearest(vec_ND, centroid_KD, bf16=bf16)
+    same_N = cluster_N == clusters_of(vec_ND, centroid_KD, bf16=bf16)
+    centroid_DK, norm_K = centroid_KD.T.astype(np.float64), norms(centroid_KD)
+    for start in range(0, len(vec_ND), CHECKED_ROWS):
+        block = slice(start, start + CHECKED_ROWS)
+        cos_BK = vec_ND[block].astype(np.float64) @ centroid_DK / (norms(vec_ND[block])[:, None] * norm_K)
+        same_N[block] &= cluster_N[block] == cos_BK.argmax(axis=1)
+        same_N[block] &= distance_N[block] == np.maximum(1 - cos_BK.max(axis=1), 0).astype(np.float32)
+    if not same_N.all():
+        raise AssertionError(f"{(~same_N).sum()} of {len(same_N)} rows are assigned otherwise than by float64 products")
 
 
 def families(rows: int, seed: int = 0) -> Float16s:
