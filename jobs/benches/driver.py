@@ -1,21 +1,20 @@
 """What a unit costs that has next to nothing to do: 20,000 of them on two Ray workers, in a store in memory.
 
 Each is committed, with bytes and facts of its own, as those of a pool are. Memory is that of the driver's process, with
-all that Ray holds in it: by how much a stage of twice the units raises its peak, and what stays of a stage while its
-dataset is in use.
+all that Ray holds in it: by how much each more unit of a stage raises its peak, and what stays of a stage while its
+dataset is in use. Each reading is one process's, with a store of its own.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 
 from jobs.benches.measure import Row, alone, peak_rss_bytes, seconds, within
@@ -27,6 +26,11 @@ from pipeline.stage import Function, Made, Rows
 from pipeline.storage import Root
 
 UNITS, RUNS = 20_000, 3
+SIZES = (UNITS // 4, UNITS // 2, UNITS)
+"""Units of the stages whose peaks are compared, in this order."""
+
+KEPT = 3
+"""Stages of UNITS whose datasets stay in use."""
 MACHINE = Machine(threads=1, workers=2)
 
 
@@ -61,30 +65,34 @@ class Measured:
     """What one process found.
 
     Attributes:
-        costs_ms: of a unit, in each stage.
-        peak_bytes: by which a larger stage's peak is higher, for each more unit.
-        growth_bytes: of the process, for each unit and stage.
-        found_s: of each stage that is there.
+        cost_ms: of a unit, in the stages of UNITS that are kept.
+        peak_bytes: by which a larger stage's peak is higher, for each more unit: the slope over SIZES.
+        growth_bytes: of the process, for each unit of a kept stage: the slope over their number.
+        found_s: until all stages are found again.
     """
 
-    costs_ms: list[float]
+    cost_ms: float
     peak_bytes: float
     growth_bytes: float
-    found_s: list[float]
+    found_s: float
 
 
 def measure(scratch: Path) -> Iterator[Row]:
     """The cost of a unit, what the driver's memory grows by, and how soon a finished stage is found again."""
     shared_memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else scratch) as folder:
-        # In a process of its own: a bench before this one may have held more than the driver ever will.
-        found, _ = alone(measured, Path(folder))
-    yield within(
-        f"driver: {UNITS:,} units of next to nothing, 2 Ray workers, store in memory", 3, "ms a unit", found.costs_ms
-    )
-    yield within("driver: its memory at the peak of a stage", 1000, "bytes a unit", [found.peak_bytes])
-    yield within("driver: its memory for each stage whose dataset is in use", 300, "bytes a unit", [found.growth_bytes])
-    yield within(f"driver: {UNITS:,} finished units found again", 5, "s", found.found_s)
+        # In processes of their own: a bench before this one may have held more than the driver ever will.
+        found = [alone(measured, Path(folder) / str(run))[0] for run in range(RUNS)]
+    name = f"driver: {UNITS:,} units of next to nothing, 2 Ray workers, store in memory"
+    yield within(name, 3, "ms a unit", [one.cost_ms for one in found])
+    sizes = ", ".join(f"{units:,}" for units in SIZES)
+    name = f"driver: its memory at the peak of a stage, slope over {sizes} units"
+    yield within(name, 1000, "bytes a unit", [one.peak_bytes for one in found])
+    name = "driver: its memory for each stage whose dataset is in use"
+    yield within(name, 300, "bytes a unit", [one.growth_bytes for one in found])
+    every = sum(SIZES) + KEPT * UNITS
+    name = f"driver: a finished run found again, {len(SIZES) + KEPT} stages with {every:,} units in all"
+    yield within(name, 5, "s", [one.found_s for one in found])
 
 
 def measured(folder: Path) -> Measured:
@@ -98,17 +106,39 @@ def measured(folder: Path) -> Measured:
         return given([{"unit": i} for i in range(count)], [f"{i:08d}.tar" for i in range(count)])
 
     try:
-        many, more, peaks = units(UNITS), units(2 * UNITS), []
-        for salt, dataset in ((-1, many), (-2, more)):  # what a first stage loads and Arrow's pool keeps is of both
-            run().map(Number(salt), dataset)
+        run().map(Number(0), units(SIZES[0] // 4))  # what a first stage loads and Arrow's pool keeps is of all
+        many = units(UNITS)
+        peaks = []
+        stages = [(Number(salt), many if size == UNITS else units(size)) for salt, size in enumerate(SIZES, 1)]
+        for stage, dataset in stages:
+            forget_peak()
+            run().map(stage, dataset)
             peaks.append(peak_rss_bytes())
-        costs_ms, kept, before = [], [], rss_bytes()
-        for salt in range(1, RUNS + 1):
-            started = time.perf_counter()
-            kept.append(run().map(Number(salt), many))
-            costs_ms.append(1e3 * (time.perf_counter() - started) / UNITS)
-        held = rss_bytes()
-        found_s = [seconds(partial(run().map, Number(salt), many)) for salt in range(1, RUNS + 1)]
+        kept, held, cost_s = [], [rss_bytes()], 0.0
+        for salt in range(len(SIZES) + 1, len(SIZES) + 1 + KEPT):
+            stages.append((Number(salt), many))
+            cost_s += seconds(lambda: kept.append(run().map(*stages[-1])))
+            held.append(rss_bytes())
+        found_s = seconds(lambda: resume(run(), stages))
     finally:
         executor.close()
-    return Measured(costs_ms, (peaks[1] - peaks[0]) / UNITS, (held - before) / UNITS / RUNS, found_s)
+    growth = slope(range(KEPT + 1), held) / UNITS
+    return Measured(1e3 * cost_s / UNITS / KEPT, slope(SIZES, peaks), growth, found_s)
+
+
+def slope(x: Sequence[int], y: Sequence[int]) -> float:
+    """Of the line that is nearest to all points."""
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def resume(run: Run, stages: Sequence[tuple[Number, Dataset]]) -> None:
+    """Find every stage again, as a run does that goes on."""
+    for stage, dataset in stages:
+        run.map(stage, dataset)
+
+
+def forget_peak() -> None:
+    """Let this process's peak be what it holds now, where the system can."""
+    resets = Path("/proc/self/clear_refs")
+    if resets.exists():
+        resets.write_text("5")
