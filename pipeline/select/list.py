@@ -6,6 +6,7 @@ uids). It is known by its content, never by where it lies.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import re
@@ -81,7 +82,7 @@ class List:
         return Outcome(judged(step, self))
 
     def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
-        listed = members(_read(self.url, machine), self.url, self.on)
+        listed = Listed.of(members(_read(self.url, machine), self.url, self.on))
         denying = self.deny is not None
 
         def judge(samples: pa.Table, columns: pa.Table) -> Verdict:
@@ -102,28 +103,57 @@ Words: TypeAlias = tuple[Uint64s, Uint64s]
 """Of each value: uint64 (N,), twice. A uid is its own two words; any other value has those of its digest."""
 
 
-def among(words: Words, listed: Words) -> Bools:
-    """bool (N,): whether each value is in a list.
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """The words of a list, and where those of each prefix of the first begin.
 
-    Args:
-        words: of the values.
-        listed: of the list, in order; a value may be there several times.
+    Attributes:
+        words: by the first; a value may be there several times.
+        shift: bits of a first word below its prefix.
+        first_P: int64 (P + 1,): position of the first value of each prefix, and the end.
     """
-    # Values in order walk the list once instead of jumping about in it: 4 times faster where it is larger than a cache.
-    order_N = np.argsort(words[0])
-    (high_N, low_N), (high_M, low_M) = (word[order_N] for word in words), listed
-    there_N = np.zeros(len(order_N), np.bool_)
-    at_N = np.searchsorted(high_M, high_N)
-    # Words of a list hardly ever share their first half, but may.
-    row = np.arange(len(order_N))
-    while len(row := row[at_N[row] < len(high_M)]) and len(row := row[high_M[at_N[row]] == high_N[row]]):
-        there_N[order_N[row[low_M[at_N[row]] == low_N[row]]]] = True
+
+    words: Words
+    shift: np.uint64
+    first_P: np.ndarray
+
+    @staticmethod
+    def of(words: Words) -> Listed:
+        """Of words in any order; so many prefixes that one has two or three values, if these are as good as random."""
+        high_M, low_M = words
+        if (high_M[1:] < high_M[:-1]).any():  # a subset.npy is in order
+            order_M = np.argsort(high_M)
+            high_M, low_M = high_M[order_M], low_M[order_M]
+        bits = max(1, len(high_M).bit_length() - 1)
+        shift = np.uint64(64 - bits)
+        counts_P = np.bincount((high_M >> shift).astype(np.int64), minlength=1 << bits)
+        return Listed((high_M, low_M), shift, np.concatenate([[0], np.cumsum(counts_P)]))
+
+
+FEW = 16
+"""Values of one prefix up to which they are looked at one by one."""
+
+
+def among(words: Words, listed: Listed) -> Bools:
+    """bool (N,): whether each value is in a list."""
+    (high_N, low_N), (high_M, low_M) = words, listed.words
+    prefix_N = (high_N >> listed.shift).astype(np.int64)
+    at_N = listed.first_P[prefix_N]
+    crowded = np.flatnonzero(listed.first_P[prefix_N + 1] - at_N > FEW)
+    at_N[crowded] = np.searchsorted(high_M, high_N[crowded])
+    there_N = np.zeros(len(at_N), np.bool_)
+    row = np.arange(len(at_N))
+    while len(row := row[at_N[row] < len(high_M)]):
+        found = high_M[at_N[row]]
+        row = row[found <= high_N[row]]
+        equal = row[high_M[at_N[row]] == high_N[row]]
+        there_N[equal[low_M[at_N[equal]] == low_N[equal]]] = True
         at_N[row] += 1
     return there_N
 
 
 def members(data: bytes, url: str, on: str) -> Words:
-    """What a list names, in order.
+    """What a list names.
 
     Args:
         data: the file.
@@ -139,7 +169,7 @@ def members(data: bytes, url: str, on: str) -> Words:
             pairs = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
             if pairs.dtype != SUBSET or on != "uid":
                 raise UserError(f"{where}: a .npy list holds u8,u8 uids (found {pairs.dtype}) and needs `on: uid`")
-            return _ordered((pairs["f0"].ravel(), pairs["f1"].ravel()))
+            return np.ascontiguousarray(pairs["f0"].ravel()), np.ascontiguousarray(pairs["f1"].ravel())
         if url.endswith(".parquet"):
             with open_parquet(data) as file:
                 if on not in file.schema_arrow.names:
@@ -148,7 +178,7 @@ def members(data: bytes, url: str, on: str) -> Words:
             texts = column.cast(pa.string()).drop_null().to_pylist()
         else:
             texts = [line.strip() for line in data.decode("utf-8").splitlines() if line.strip()]
-        return _ordered(_uids(texts) if on == "uid" else fingerprints(texts, on))
+        return _uids(texts) if on == "uid" else fingerprints(texts, on)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{where}: cannot be read: {error}") from None
 
@@ -156,12 +186,6 @@ def members(data: bytes, url: str, on: str) -> Words:
 def _uids(texts: Sequence[str]) -> Words:
     """Their words; what is not 32 hex digits is no uid, and names nobody."""
     return uid_words(bytes.fromhex("".join(text for text in texts if UID.fullmatch(text))))
-
-
-def _ordered(words: Words) -> Words:
-    high_M, low_M = words
-    order_M = np.lexsort((low_M, high_M))
-    return high_M[order_M], low_M[order_M]
 
 
 def fingerprints(values: Sequence[str | None], on: str) -> Words:

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.machine import Machine
 from pipeline.run import stage_key
 from pipeline.select.judge import Judge
-from pipeline.select.list import List, among, fingerprints
+from pipeline.select.list import List, Listed, among, fingerprints
 from tests import steps
 
 WORD = st.sampled_from([0, 1, 2, 2**64 - 1])
@@ -154,7 +154,15 @@ def test_members_are_found_also_where_words_share_their_first_half(values, liste
     def words(pairs):
         return tuple(np.array([pair[side] for pair in pairs], np.uint64) for side in (0, 1))
 
-    assert among(words(values), words(sorted(listed))).tolist() == [value in listed for value in values]
+    assert among(words(values), Listed.of(words(listed))).tolist() == [value in listed for value in values]
+
+
+@pytest.mark.parametrize("step", [1, 2**40, 2**52 + 3])
+def test_members_are_found_also_where_all_have_one_prefix(step):
+    listed = np.arange(0, 3000, 3, dtype=np.uint64) * np.uint64(step)
+    values = np.arange(3000, dtype=np.uint64) * np.uint64(step)
+    found = among((values, np.zeros_like(values)), Listed.of((listed[::-1], np.zeros_like(listed))))
+    assert np.flatnonzero(found).tolist() == list(range(0, 3000, 3))
 
 
 def test_what_is_no_uid_names_nobody(tmp_path):
