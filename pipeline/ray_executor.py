@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import ray
@@ -120,14 +121,12 @@ class _Call:
         self.done: deque[tuple[int, Any | Failure]] = deque()
         self._new = (_Job(self, position, task) for position, task in enumerate(tasks))
 
-    def waiting(self) -> bool:
-        """Whether there is a job to give out; looks one task ahead."""
-        if not self.again:
-            for job in self._new:
-                self.open += 1
-                self.again.append(job)
-                break
-        return bool(self.again)
+    def waiting(self, jobs: int = 1) -> bool:
+        """Whether there are so many jobs to give out; looks no further ahead."""
+        for job in islice(self._new, max(0, jobs - len(self.again))):
+            self.open += 1
+            self.again.append(job)
+        return len(self.again) >= jobs
 
 
 @dataclass(eq=False)
@@ -172,12 +171,14 @@ class _Crew:
                 hand.hold(hand.actor.ready.remote(), None)
 
     def give(self, call: _Call) -> None:
-        """One job to every actor, then a second one, unless actors are about to come that have none yet."""
-        depth = IN_FLIGHT if all(hand.started for hand in self.hands) else 1
-        for held in range(depth):
-            for hand in self.hands:
-                able = hand.started and not any(job is None for _, job in hand.held)
-                if able and len(hand.held) == held and call.waiting():
+        """One job to every actor, then a second one, as long as every actor has one and there is another for each.
+
+        The last jobs go to whoever is done first: a second one would wait behind the first while others idle.
+        """
+        able = [hand for hand in self.hands if hand.started and not any(job is None for _, job in hand.held)]
+        for held in range(IN_FLIGHT if len(able) == len(self.hands) else 1):
+            for hand in able:
+                if len(hand.held) == held and call.waiting(1 + held * len(self.hands)):
                     job = call.again.popleft()
                     hand.hold(hand.actor.do.remote(call.worker, job.task), job)
 

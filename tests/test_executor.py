@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.executor import Executor, Failure, Serial
 from pipeline.machine import Machine
-from tests.toy_workers import Broken, Environment, Fatal, Square
+from tests.toy_workers import Broken, Environment, Fatal, Process, Square
 
 DEADLINE_S = 6.0
 
@@ -155,6 +155,15 @@ def test_a_task_beyond_the_deadline_is_killed_tried_once_more_and_named(ray_exec
     }
     assert len(list(tmp_path.glob("sleep-600.0-*"))) == 2
     assert len(list(tmp_path.glob("answer-*"))) == 3
+
+
+@pytest.mark.ray
+def test_no_actor_has_two_tasks_while_another_has_none(ray_executor: Executor) -> None:
+    for _ in range(4):
+        answers = dict(ray_executor.each(Process(), [1.0, 1.0]))
+        assert answers[0] != answers[1]
+    answers = dict(ray_executor.each(Process(), [3.0, 0.05, 0.05, 0.05]))
+    assert answers[1] == answers[2] == answers[3] != answers[0]
 
 
 @pytest.mark.ray

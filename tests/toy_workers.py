@@ -67,3 +67,15 @@ class Fatal:
         if verb == "sleep" or (verb == "sleep once" and not earlier):
             time.sleep(number)
         return number
+
+
+@dataclass(frozen=True)
+class Process:
+    """Sleeps for as long as a task says; tells which process it was."""
+
+    def open(self) -> Callable[[float], int]:
+        return self.do
+
+    def do(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
