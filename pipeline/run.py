@@ -749,8 +749,8 @@ def _failed(stage: str) -> str:
 
 def _manifest(stage: Stage, keys: Sequence[str], names: Sequence[str]) -> str:
     asked = hashlib.sha256(stage_key(stage).encode())
-    for key, name in zip(keys, names, strict=True):  # not as one text: the driver's peak is here
-        asked.update(f"{key} {name}\0".encode())
+    for key, name in zip(keys, names, strict=True):  # not as one text, which would be as long as all names
+        asked.update(f"{key} {name}\0".encode("utf-8", "surrogatepass"))
     return f"{MANIFESTS}/{stage.name}/{asked.hexdigest()[: 2 * ID_BYTES]}.parquet"
 
 

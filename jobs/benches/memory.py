@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.benches.measure import RUNS, Row, alone, paired, peak_rss_bytes, within
+from jobs.benches.scaling import write_vectors
 from pipeline.cluster import Clustering, Draw, Train
 from pipeline.curate import curate
 from pipeline.executor import Executor, Serial
@@ -79,7 +80,7 @@ def measure(scratch: Path) -> Iterator[Row]:
 
 def stages(scratch: Path) -> Iterator[Row]:
     """Peak memory of the two stages."""
-    write_vectors(scratch / "vectors")
+    write_vectors(scratch / "vectors", GROUP_UNITS, VECTOR_ROWS, VECTOR_DIMS)
     executor = RayExecutor(Machine(threads=1, workers=2), "local")
     try:
         scatter(scratch, executor, 0)
@@ -206,14 +207,3 @@ def write_metadata(folder: Path, shards: int) -> None:
         pq.write_table(pa.table(table), folder / f"{shard:08d}.parquet")
         img, txt = random.normal(size=(2, ROWS, DIMS)).astype(np.float16)
         np.savez(folder / f"{shard:08d}.npz", img=img, txt=txt)
-
-
-def write_vectors(folder: Path) -> None:
-    """A group's shards in DataComp's layout, with random vectors."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for shard in range(GROUP_UNITS):
-        uids = [random.bytes(16).hex() for _ in range(VECTOR_ROWS)]
-        pq.write_table(pa.table({"uid": uids, "text": uids}), folder / f"{shard:08d}.parquet")
-        img = random.standard_normal((VECTOR_ROWS, VECTOR_DIMS), np.float32).astype(np.float16)
-        np.savez(folder / f"{shard:08d}.npz", img=img)

@@ -64,7 +64,7 @@ def measure(scratch: Path) -> Iterator[Row]:
     try:
         write_images(scratch / "images")
         yield from beside(crews, scratch, "embed, tiny", (SHARDS - WARM) * IMAGES, embed_seconds)
-        write_vectors(scratch / "vectors")
+        write_vectors(scratch / "vectors", VECTOR_SHARDS, ROWS, DIMS)
         yield from beside(crews, scratch, "dedup, but for k-means", VECTOR_SHARDS * ROWS, dedup_seconds)
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else scratch) as folder:
             copy.write_pool(Path(folder) / "pool")
@@ -193,11 +193,12 @@ def write_images(folder: Path) -> None:
             tar.write(END)
 
 
-def write_vectors(folder: Path) -> None:
-    """DataComp's layout, with random vectors."""
+def write_vectors(folder: Path, shards: int, rows: int, dims: int) -> None:
+    """Shards in DataComp's layout, with random vectors."""
     folder.mkdir()
     random = np.random.default_rng(0)
-    for shard in range(VECTOR_SHARDS):
-        uids = [random.bytes(16).hex() for _ in range(ROWS)]
+    for shard in range(shards):
+        uids = [random.bytes(16).hex() for _ in range(rows)]
         pq.write_table(pa.table({"uid": uids, "text": uids}), folder / f"{shard:08d}.parquet")
-        np.savez(folder / f"{shard:08d}.npz", img=random.normal(size=(ROWS, DIMS)).astype(np.float16))
+        img = random.standard_normal((rows, dims), np.float32).astype(np.float16)
+        np.savez(folder / f"{shard:08d}.npz", img=img)
