@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from pipeline.errors import RunError, UserError
 from pipeline.executor import Failure, Worker, attempt
@@ -36,8 +36,14 @@ IN_FLIGHT = 2
 ATTEMPTS = 3
 """Actors that one task may cost; and failed starts in a row, for each actor wanted, before a run is given up."""
 
+LOST_ATTEMPTS = 10
+"""Times that a message to or from a task's actor may be lost: unlike a death, it is hardly the task's doing."""
+
 LATE_ATTEMPTS = 2
 """Times that a task may exceed unit_deadline_s."""
+
+START_S = 120.0
+"""Until an actor that has not started is given up for another: where a message of its start was lost, it never will."""
 
 WAIT_S = 1.0
 """Longest sleep of the driver: how exact a deadline is."""
@@ -98,14 +104,29 @@ class _Job:
     task: Any
     deaths: int = 0
     late: int = 0
+    unreached: int = 0
 
     def end(self, result: Any | Failure) -> None:
         self.call.open -= 1
         self.call.done.append((self.position, result))
 
-    def lost(self, cause: str) -> None:
-        """Do it once more, or give it up."""
-        if self.late < LATE_ATTEMPTS and self.deaths + self.late < ATTEMPTS:
+    def lost(self, error: RayError) -> None:
+        """Note what became of its actor, and do it once more, or give it up."""
+        if isinstance(error, ActorUnavailableError):  # it may be alive, and doing the task
+            self.unreached += 1
+            self._again(f"its worker could not be reached {self.unreached} times: {_line(error)}")
+        else:
+            self.deaths += 1
+            self._again(f"worker died {self.deaths} times: {_line(error)}")
+
+    def overdue(self, deadline_s: float) -> None:
+        """Note that it took too long, and do it once more, or give it up."""
+        self.late += 1
+        self._again(f"took longer than {deadline_s:g} s (unit_deadline_s), {self.late} times")
+
+    def _again(self, cause: str) -> None:
+        once_more = self.late < LATE_ATTEMPTS and self.deaths + self.late < ATTEMPTS
+        if once_more and self.unreached < LOST_ATTEMPTS:
             self.call.again.append(self)
         else:
             self.end(Failure(cause))
@@ -308,8 +329,7 @@ class RayExecutor:
                 job.end(answer)
             elif job:
                 crew.dismiss(hand)
-                job.deaths += 1
-                job.lost(f"worker died {job.deaths} times: {_line(answer)}")
+                job.lost(answer)
             elif answer is None:
                 hand.started, crew.stillborn = True, 0
             else:
@@ -317,14 +337,17 @@ class RayExecutor:
                 crew.dismiss(hand)
                 if not crew.hands and crew.stillborn >= ATTEMPTS * max(1, self._wanted(crew.gpu)):
                     raise RunError(f"no Ray worker can be started: {_line(answer)}")
+        for hand in [h for h in crew.hands if not h.started and time.monotonic() - h.since > START_S]:
+            log.warning("a worker has not started within %g s: another is asked for", START_S)
+            crew.dismiss(hand)
+            crew.look = 0.0
         deadline_s = self._machine.unit_deadline_s
         for hand in [h for h in crew.hands if h.held and time.monotonic() - h.since > deadline_s]:
             job = hand.held[0][1]
             if job:
                 hand.drop()
                 crew.dismiss(hand)
-                job.late += 1
-                job.lost(f"took longer than {deadline_s:g} s (unit_deadline_s), {job.late} times")
+                job.overdue(deadline_s)
 
 
 def _start(machine: Machine) -> None:

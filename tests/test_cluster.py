@@ -5,24 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
+from pipeline import ray_executor
 from pipeline.errors import RunError
-from pipeline.executor import Serial
+from pipeline.executor import Failure, Serial
 from pipeline.machine import Machine
 from pipeline.parts import given
-from pipeline.ray_executor import IN_FLIGHT, RayExecutor
-from pipeline.run import Run
+from pipeline.ray_executor import IN_FLIGHT, RayExecutor, _Call
+from pipeline.run import PartWorker, Run
 from pipeline.storage import Root
 from tests.cluster import UNITS, Slow, numbers
 from tests.crash import Curation
 from tests.pools import datacomp_pool
+from tests.toy_workers import Square
 from tests.trees import tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -78,6 +83,44 @@ def test_calls_of_ray_that_fail_change_nothing(tmp_path: Path, record_property: 
     seconds = time.monotonic() - began
     assert tree(tmp_path / "run") == tree(tmp_path / "clean")
     record_property("figure", f"2 % of requests and of answers lost, 1 % in flight: same bytes in {seconds:.0f} s")
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "cause"),
+    [
+        (ActorUnavailableError("cut off", None), 10, "its worker could not be reached 10 times: .*cut off"),
+        (ActorDiedError(), 3, "worker died 3 times: "),
+    ],
+)
+def test_a_lost_message_is_not_held_against_a_task_as_a_death_is(error: RayError, times: int, cause: str) -> None:
+    call = _Call(PartWorker("memory://a", "memory://b", Machine()), ["task"])
+    assert call.waiting()
+    for _ in range(times - 1):
+        job = call.again.popleft()
+        job.lost(error)
+        assert (list(call.again), list(call.done)) == ([job], [])
+    call.again.popleft().lost(error)
+    [(position, failure)] = call.done
+    assert (position, list(call.again), call.open) == (0, [], 0)
+    assert isinstance(failure, Failure) and re.match(cause, failure.cause)
+
+
+def test_an_actor_that_does_not_start_is_given_up_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_executor, "START_S", 1.0)
+    holder = RayExecutor(Machine(workers=1))
+    try:
+        assert dict(holder.each(Square(str(tmp_path)), [2])) == {0: 4}  # it keeps its actor, and the only core
+        crew = holder._crews[False]
+        room = Timer(4.0, lambda: crew.dismiss(crew.hands[0]))
+        room.start()
+        assert dict(RayExecutor(Machine(workers=1)).each(Square(str(tmp_path)), [3])) == {0: 9}
+        room.join()
+    finally:
+        holder.close()
+    given_up = [r for r in caplog.records if r.getMessage().startswith("a worker has not started within 1 s")]
+    assert 2 <= len(given_up) <= 20
 
 
 @pytest.mark.goal("R15")
