@@ -19,7 +19,7 @@ from pipeline.arrow import fixed, hexes, unfixed
 from pipeline.machine import Machine
 from pipeline.parts import Dataset
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import alive, made
+from pipeline.state import alive, drop
 from pipeline.step import Outcome, Step
 from pipeline.vectors import draw
 
@@ -305,16 +305,19 @@ class Measure:
 class Nobody:
     """A step that no survivor enters: the state as it was, and an assignment without rows."""
 
+    number: int
+
     name: ClassVar[str] = "cluster_nobody"
-    version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("assigned", "state")
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("assigned", "state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.pass_on
 
     def pass_on(self, state: Rows, samples: Rows) -> Made:
-        same = made(state.table(), state.table(), samples.lengths)
+        before = state.table()
+        same = drop(before, self.number, np.zeros(len(before), bool), samples.lengths, "nothing")
         return Made({**same.tables, "assigned": pa.schema(ASSIGNED).empty_table()}, same.facts)
 
 
@@ -322,5 +325,5 @@ def nobody(step: Step) -> Outcome:
     """A clustering step without survivors: no rows, and one centroid that nothing is near."""
     out = io.BytesIO()
     np.save(out, np.ones((1, 1), np.float32))
-    passed = step.run.map(Nobody(), step.state, step.samples)
-    return Outcome(passed["state"], passed["assigned"], {"centroids.npy": out.getvalue()})
+    passed = step.run.map(Nobody(step.number), step.state, step.samples)
+    return Outcome(passed["state"], passed["dropped"], passed["assigned"], {"centroids.npy": out.getvalue()})

@@ -121,10 +121,11 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     vectors, scores = (
         {name: pool.grouped(outputs[output]) for name, outputs in seen.items()} for output in ("vectors", "scores")
     )
-    begun = run.map(Begin(), samples, *scores.values())["state"]
+    done = run.map(Begin(), samples, *scores.values())
+    begun = Outcome(done["state"], done["dropped"])
     places = given([{"first_unit": i * group_units, "group": i} for i in range(len(samples))])
 
-    state, outcomes, steps = begun, list[Outcome](), list[Step]()
+    state, outcomes, steps = begun.state, list[Outcome](), list[Step]()
     for number, (name, rule) in enumerate(recipe.select, 1):
         step = Step(
             number,
@@ -149,12 +150,13 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
         pool.columns,
         pool.problems,
         state,
+        *(o.dropped for o in (begun, *outcomes)),
         *vectors.values(),
         *scores.values(),
         *(o.assign for o in outcomes if o.assign),
     ]
     written = begin(run, recipe, units, found)
-    written |= record(run, recipe, pool, state, scores, steps, outcomes)
+    written |= record(run, recipe, pool, scores, steps, [begun, *outcomes])
     written |= write(run, recipe, pool, state, {name: outputs["scores"] for name, outputs in seen.items()}, outcomes)
     return finish(run, recipe, pool, begun, steps, outcomes, written, before)
 
@@ -288,20 +290,25 @@ def record(
     run: Run,
     recipe: Recipe,
     pool: Pooled,
-    state: Dataset,
     scores: dict[str, Dataset],
     steps: Sequence[Step],
     outcomes: Sequence[Outcome],
 ) -> Exported:
-    """decisions/, problems/ and select/: the written reason for every sample."""
+    """decisions/, problems/ and select/: the written reason for every sample.
+
+    Args:
+        run, recipe, pool, scores, steps: of the run.
+        outcomes: of reading, then of each step.
+    """
     samples, columns = pool.grouped(pool.samples), pool.grouped(pool.columns)
     models = recipe.scored
     used = tuple((name, str(kind)) for name, kind in recipe.used_columns.items())
     decide = Decide(tuple(s.name for s in steps), models, used)
-    written = run.export(decide, samples, columns, state, pool.labels("decisions"), *(scores[m] for m in models))
+    why = [o.dropped for o in outcomes] + [scores[m] for m in models]
+    written = run.export(decide, samples, columns, outcomes[-1].state, pool.labels("decisions"), *why)
     problems, labels = pool.grouped(pool.problems), pool.labels("problems")
     written |= run.export(ShowProblems(), problems, samples, labels, *scores.values())
-    for step, outcome in zip(steps, outcomes, strict=True):
+    for step, outcome in zip(steps, outcomes[1:], strict=True):
         folder = f"select/{step.name}"
         if outcome.assign:
             written |= run.export(ShowAssignment(), outcome.assign, samples, pool.labels(f"{folder}/assign"))
@@ -426,7 +433,7 @@ def finish(
     run: Run,
     recipe: Recipe,
     pool: Pooled,
-    begun: Dataset,
+    begun: Outcome,
     steps: Sequence[Step],
     outcomes: Sequence[Outcome],
     written: Exported,
@@ -436,7 +443,7 @@ def finish(
 
     A finished run that was only found again keeps its times and its report.
     """
-    alive = alive_after(pool.listed, [begun, *(o.state for o in outcomes)])
+    alive = alive_after(pool.listed, [begun, *outcomes])
     names = ["00-read", *(s.name for s in steps)]
     funnel = tuple(zip(names, [pool.listed, *alive[:-1]], alive, strict=True))
     damaged = sum(f["shard_problems"] > 0 for f in pool.problems.facts())
@@ -501,19 +508,20 @@ def digests_of(written: Exported) -> dict[str, str]:
     return {path: file["sha256"] for path, file in written.items()}
 
 
-def alive_after(listed: int, states: Sequence[Dataset]) -> list[int]:
-    """Rows that each state leaves alive; the chain neither loses nor gains a row.
+def alive_after(listed: int, outcomes: Sequence[Outcome]) -> list[int]:
+    """Rows that reading, then each step, leaves alive; the chain neither loses nor gains a row.
 
     Raises:
-        SchemaError: rows in are not rows out and dropped.
+        SchemaError: rows in are not rows out and dropped, or a step does not say why of each row that it dropped.
     """
     alive: list[int] = []
-    for state in states:
+    for state, why in ((o.state, o.dropped.num_rows) for o in outcomes):
         facts = list(state.facts())
         entered, left = sum(f["entered"] for f in facts), sum(f["alive"] for f in facts)
         dropped = sum(sum(f["dropped"].values()) for f in facts)
-        if state.num_rows != listed or entered != left + dropped or entered != (alive[-1] if alive else entered):
-            found = f"{state.num_rows} of {listed} rows; {entered} entered, {left} left, {dropped} dropped"
+        due = alive[-1] if alive else listed - why  # what reading drops never enters the first step
+        if state.num_rows != listed or entered != left + dropped or entered != due or (alive and dropped != why):
+            found = f"{state.num_rows} of {listed} rows; {entered} entered, {left} left, {dropped} dropped, {why} told"
             raise SchemaError(f"{state.stage}: {found}")
         alive.append(left)
     return alive

@@ -19,6 +19,7 @@ from pipeline.machine import Machine
 from pipeline.parts import to_parquet
 from pipeline.schema import ALIVE, PROBLEM, PROBLEMS
 from pipeline.stage import Function, Made, Rows, Sink
+from pipeline.state import reasons
 from pipeline.step import table_numbers, table_texts
 
 READ = "00-read"
@@ -55,26 +56,32 @@ class Decide:
     columns: tuple[tuple[str, str], ...]
 
     name: ClassVar[str] = "decide"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ()
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.decide
 
-    def decide(self, samples: Rows, columns: Rows, state: Rows, labels: Rows, *scores: Rows) -> Made:
+    def decide(self, samples: Rows, columns: Rows, state: Rows, labels: Rows, *others: Rows) -> Made:
         """The group's part of decisions/.
+
+        Args:
+            samples, columns, state: of the group, the state after the last step.
+            labels: of the group.
+            others: what reading and each step dropped (schema.DROPPED), then the scores of each model.
 
         Raises:
             SchemaError: the state and the samples have different rows.
         """
-        listed, after = samples.table(["uid", "key", "problem"]), state.table()
-        if listed.num_rows != after.num_rows:
-            raise SchemaError(f"{listed.num_rows} samples listed, {after.num_rows} decided")
-        by_N = after.column("dropped_by").to_numpy()
+        listed, by_N = samples.table(["uid", "key", "problem"]), state.table().column("dropped_by").to_numpy()
+        if listed.num_rows != len(by_N):
+            raise SchemaError(f"{listed.num_rows} samples listed, {len(by_N)} decided")
+        dropped, scores = others[: 1 + len(self.steps)], others[1 + len(self.steps) :]
+        why = reasons(by_N, [rows.table() for rows in dropped])
         names = pa.array([None, *self.steps, READ], pa.string())
         step = names.take(pa.array(np.where(by_N == PROBLEM, len(self.steps) + 1, by_N).astype(np.int64)))
-        problem = pc.if_else(pa.array(by_N == PROBLEM), after.column("reason"), pa.scalar(None, pa.string()))
+        problem = pc.if_else(pa.array(by_N == PROBLEM), why.column("reason"), pa.scalar(None, pa.string()))
         table = {
             "uid": hex_column(listed.column("uid")),
             "shard": shards_of(labels, samples.lengths),
@@ -82,10 +89,10 @@ class Decide:
             "problem": problem,
             "kept": pa.array(by_N == ALIVE),
             "step": step,
-            "reason": after.column("reason"),
-            "value": after.column("value"),
-            "threshold": after.column("threshold"),
-            "duplicate_of": hex_column(after.column("duplicate_of")),
+            "reason": why.column("reason"),
+            "value": why.column("value"),
+            "threshold": why.column("threshold"),
+            "duplicate_of": hex_column(why.column("duplicate_of")),
         }
         for model, rows in zip(self.models, scores, strict=True):
             table[f"score_{model}"] = rows.table(["score"]).column("score")

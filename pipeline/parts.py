@@ -110,7 +110,7 @@ class Committed(_OnDemand[File]):
 
     stage: str
     output: str
-    packed: bytes
+    packed: bytes | bytearray
     facts: Sequence[str]
     bucket: int | None = None
 
@@ -299,21 +299,34 @@ def _in_bucket(files: Sequence[File], bucket: int) -> Sequence[File]:
     return tuple(replace(f, bucket=bucket) for f in files)
 
 
-def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:
+TEXT = {"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"}
+SPLIT = {"INT32", "INT64", "FLOAT", "DOUBLE"}
+"""Physical types of parquet: what has a dictionary, and what is split into streams of bytes."""
+
+
+def to_parquet(table: pa.Table, bloom: Sequence[str] = (), internal: bool = False) -> bytes:
     """Parquet bytes that depend on the rows alone (for one pyarrow version).
 
     Wide binary columns are vectors: they do not compress, and their minimum and maximum mean nothing. Numbers have no
     dictionary: most differ from row to row, and the attempt takes ten times as long as to write them.
+
+    Args:
+        table: the rows.
+        bloom: columns with a bloom filter.
+        internal: for a part, which only `StoredRows` reads: numbers are split into streams of bytes, which compress
+            better and in half the time, but which not every reader knows for integers; and no minima and maxima.
     """
     wide = {f.name for f in table.schema if pa.types.is_fixed_size_binary(f.type) and f.type.byte_width > 32}
     leaves = _leaves(table.schema)
+    split = {leaf: "BYTE_STREAM_SPLIT" for leaf, kind in leaves.items() if kind in SPLIT} if internal else None
     out = io.BytesIO()
     pq.write_table(
         table,
         out,
+        column_encoding=split or None,
         compression={leaf: "NONE" if leaf in wide else "ZSTD" for leaf in leaves} if leaves else "NONE",
-        use_dictionary=[leaf for leaf, is_text in leaves.items() if is_text and leaf not in wide],
-        write_statistics=[leaf for leaf in leaves if leaf not in wide],
+        use_dictionary=[leaf for leaf, kind in leaves.items() if kind in TEXT and leaf not in wide],
+        write_statistics=not internal and [leaf for leaf in leaves if leaf not in wide],
         row_group_size=1 << 20,
         store_schema=True,
         bloom_filter_options={name: {"ndv": max(1, table.num_rows), "fpp": 0.01} for name in bloom} or None,
@@ -322,13 +335,13 @@ def to_parquet(table: pa.Table, bloom: Sequence[str] = ()) -> bytes:
 
 
 @lru_cache
-def _leaves(schema: pa.Schema) -> dict[str, bool]:
-    """Path of every column as parquet has them, and whether it holds bytes; as costly as to write a small part."""
+def _leaves(schema: pa.Schema) -> dict[str, str]:
+    """Path of every column as parquet has them, and its physical type; as costly as to write a small part."""
     out = io.BytesIO()
     pq.write_table(schema.empty_table(), out)
     parquet = pq.ParquetFile(io.BytesIO(out.getvalue())).schema
     columns = (parquet.column(i) for i in range(len(parquet)))
-    return {c.path: c.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") for c in columns}
+    return {c.path: c.physical_type for c in columns}
 
 
 def to_shuffle(table: pa.Table, buckets: int, out: Sink) -> None:

@@ -214,7 +214,8 @@ def _look(recipe: Recipe, machine: Machine, unit: Unit, files: UnitFiles, framin
         for role in unit.sources:
             files.open(role)
         tables = Read(recipe.pool.format).build(machine)(files).tables
-        return tables["samples"], tables["columns"], sum(len(to_parquet(table)) for table in tables.values())
+        stored = sum(len(to_parquet(table, internal=True)) for table in tables.values())
+        return tables["samples"], tables["columns"], stored
 
     (samples, columns, listing_bytes), read_s = _timed(listed)
     copied_bytes, copy_s = _timed(partial(_copy, files.open(next(iter(unit.sources))).path, machine.scratch))
@@ -352,7 +353,7 @@ def _write_s(dims: Mapping[str, int]) -> float:
     rows = 1000
     vectors = {f"{name}.{side}": np.ones((rows, size), np.float16) for name, size in dims.items() for side in "it"}
     table = pa.table({name: fixed(vec_ND) for name, vec_ND in vectors.items()})
-    return _timed(lambda: to_parquet(table))[1] / rows
+    return _timed(lambda: to_parquet(table, internal=True))[1] / rows
 
 
 def _kernels(rule: Dedup | Density, shape: Shape, shards: int, threads: int) -> Kernels:

@@ -60,10 +60,10 @@ class Ranks:
     rows: int
 
     @staticmethod
-    def of(ranked: Rows) -> Ranks:
-        table = ranked.table()
+    def of(table: pa.Table) -> Ranks:
+        """The rows of a `ranked` table."""
         column = table.column("bits").combine_chunks()
-        at_M = np.flatnonzero(valid(column))
+        at_M = np.flatnonzero(valid(column)) if column.null_count else np.arange(len(column))
         bits_M = column.drop_null().to_numpy()
         group_M = np.broadcast_to(np.int32(0), len(at_M))
         if "group" in table.column_names:
@@ -82,7 +82,7 @@ class Ranks:
 
     def keys(self, samples: Rows, place: Rows) -> Keys:
         """Whole keys; for few rows, since the uids lie among all else that is known of the samples."""
-        unit_M, row_M = (ordinal_N[self.at] for ordinal_N in places_in(samples, place))
+        unit_M, row_M = places_in(samples, place, self.at)
         uid = samples.table(["uid"]).column("uid").take(pa.array(self.at))
         return Keys(self.bits, *uid_words(unfixed(uid, np.uint8)), unit_M, row_M)
 
@@ -98,24 +98,29 @@ class Ranks:
         return self.take(exact.candidates(known, self.group, self.bare))
 
 
-def taken(cut: Cut, rows: Rows, samples: Rows, place: Rows) -> np.ndarray:
+def taken(cut: Cut, ranks: Ranks, left: Rows, samples: Rows, place: Rows) -> np.ndarray:
     """Which rows of a part a finished cut takes: bool (N,).
 
     Args:
         cut: with no open group.
-        rows: `ranked`.
-        samples: the same rows of schema.SAMPLES; read only where rows have the value of the last one taken.
+        ranks: of the part.
+        left: of the part, as `exact_cut` gives it; read only where rows have the value of the last one taken.
+        samples: the same part of schema.SAMPLES; read only where such rows are too many to be in `left`.
         place: of the part (step.places_in).
     """
-    ranks = Ranks.of(rows)
     taken_M = exact.taken(cut, ranks.group, ranks.bare)
     last = ranks.last(cut)
     tied = last[(cut.depth_K > cut.value_digits)[ranks.group[last]]]
     if len(tied):
         some = ranks.take(tied)
-        taken_M[tied] = exact.taken(cut, some.group, some.keys(samples, place))
+        known = left.table()
+        if np.isin(some.at, at_L := known.column("at").to_numpy(), assume_unique=True).all():
+            keys = keys_of(known)[1].take(np.searchsorted(at_L, some.at))
+        else:
+            keys = some.keys(samples, place)
+        taken_M[tied] = exact.taken(cut, some.group, keys)
     taken_N = np.zeros(ranks.rows, bool)
-    taken_N[ranks.at[taken_M]] = True
+    taken_N[ranks.at] = taken_M
     return taken_N
 
 
@@ -127,7 +132,7 @@ def exact_cut(
     quota: Dataset,
     value_bits: int,
     gather_rows: int = GATHER_ROWS,
-) -> Dataset:
+) -> tuple[Dataset, Dataset]:
     """Find the last row that each group's quota takes.
 
     Args:
@@ -139,7 +144,7 @@ def exact_cut(
         gather_rows: as GATHER_ROWS; never changes the result.
 
     Returns:
-        One part that `cut_of` reads.
+        One part that `cut_of` reads; and of every part the rows that were sorted, with their position and their key.
     """
     cut = run.map(Start(value_bits), quota)["cut"]
     undecided, depth = rows.num_rows, 0
@@ -148,7 +153,7 @@ def exact_cut(
         cut = run.map(Refine(), counts.grouped(len(counts)), cut)["cut"]
         undecided, depth = next(cut.facts())["undecided"], depth + 1
     left = run.map(Gather(), rows, samples, places, cut.spread(len(rows)))["undecided"]
-    return run.map(Settle(), left.grouped(len(left)), cut)["cut"]
+    return run.map(Settle(), left.grouped(len(left)), cut)["cut"], left
 
 
 def cut_table(cut: Cut) -> Made:
@@ -208,7 +213,7 @@ class Count:
         return self.count
 
     def count(self, rows: Rows, samples: Rows, place: Rows, cut: Rows) -> Made:
-        found, ranks = cut_of(cut), Ranks.of(rows)
+        found, ranks = cut_of(cut), Ranks.of(rows.table())
         if found.depth < found.value_digits:
             counts = exact.histogram(found, ranks.group, ranks.bare)
         else:
@@ -244,7 +249,7 @@ class Gather:
     """The rows of a part that are still undecided."""
 
     name: ClassVar[str] = "quota_gather"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     outputs: ClassVar[tuple[str, ...]] = ("undecided",)
     exact: ClassVar[bool] = True
 
@@ -253,9 +258,10 @@ class Gather:
 
     def gather(self, rows: Rows, samples: Rows, place: Rows, cut: Rows) -> Made:
         found = cut_of(cut)
-        near = Ranks.of(rows).near(found)
+        near = Ranks.of(rows.table()).near(found)
         keys = near.keys(samples, place) if len(near.at) else near.bare
-        return Made({"undecided": key_table(near.group, keys).take(exact.candidates(found, near.group, keys))})
+        table = key_table(near.group, keys).append_column("at", pa.array(near.at))
+        return Made({"undecided": table.take(exact.candidates(found, near.group, keys))})
 
 
 @dataclass(frozen=True)

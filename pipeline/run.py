@@ -378,7 +378,7 @@ def commit(
 def publish(store: Root, named: Callable[[str], str], table: pa.Table, buckets: int | None) -> dict[str, Any]:
     """Write one file of a part under the name that its digest gives it; its path, digest and length."""
     if buckets is None:
-        data = to_parquet(table)
+        data = to_parquet(table, internal=True)
         sha256, length = _sha256(data), len(data)
         store.write(named(sha256), data)
     else:  # the vectors of hundreds of units: never a second time in memory
@@ -797,7 +797,7 @@ def files_of(stage: str, outputs: Sequence[str], receipts: Iterable[Receipt]) ->
             f = receipt["files"][output]
             key, sha256 = bytes.fromhex(receipt["key"]), bytes.fromhex(f["sha256"])
             rows += PACKED.pack(key, sha256, f["bytes"], f["rows"], f["buckets"])
-    return {output: Committed(stage, output, bytes(rows), facts) for output, rows in packed.items()}
+    return {output: Committed(stage, output, rows, facts) for output, rows in packed.items()}
 
 
 def _facts(receipt: Receipt) -> str:

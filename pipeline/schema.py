@@ -82,16 +82,18 @@ VECTORS, SCORES = ("image", "text"), ("score", "problem", "detail")
 ALIVE, PROBLEM = 0, 255
 """Values of STATE.dropped_by beside the number of the step that dropped the row (from 1)."""
 
-STATE = pa.schema(
+STATE = pa.schema([("dropped_by", pa.uint8())])
+"""Which step has dropped each listed sample so far; a dropped row never changes again."""
+
+DROPPED = pa.schema(
     [
-        ("dropped_by", pa.uint8()),
-        ("reason", pa.string()),
+        ("reason", pa.dictionary(pa.int32(), pa.string())),
         ("value", pa.float64()),
         ("threshold", pa.float64()),
         ("duplicate_of", UID),
     ]
 )
-"""What selection has decided so far about each listed sample; a dropped row never changes again."""
+"""Why a step dropped what it dropped: one row for each row of the state that has its number, in the same order."""
 
 DECISION = ("uid", "shard", "key", "problem", "kept", "step", "reason", "value", "threshold", "duplicate_of")
 """Columns that every decision has; the scores of models and the pool's columns that a step used follow."""

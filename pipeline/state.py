@@ -1,7 +1,7 @@
 """What selection has decided so far: one row per listed sample, carried from step to step.
 
-In: the state before a step, and which of the living rows it drops. Out: the state after it. A dropped row never changes
-again, and every row is there in every state, so the counts add up by construction.
+In: the state before a step, and which of the living rows it drops. Out: the state after it, and why for those alone. A
+dropped row never changes again, and every row is there in every state, so the counts add up by construction.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.arrow import valid
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
-from pipeline.schema import ALIVE, PROBLEM, STATE, UID
+from pipeline.schema import ALIVE, DROPPED, PROBLEM, STATE
 from pipeline.stage import Function, Made, Rows
 
 
@@ -45,70 +46,112 @@ def alive(state: pa.Table) -> np.ndarray:
 
 
 def drop(
-    state: pa.Table,
+    before: pa.Table,
     number: int,
     drop_N: np.ndarray,
+    lengths: Sequence[int],
     reason: str | pa.Array,
     value: pa.Array | None = None,
-    threshold: pa.Array | pa.Scalar | None = None,
+    threshold: float | pa.Array | None = None,
     duplicate_of: pa.Array | None = None,
-) -> pa.Table:
-    """The state after a step.
+) -> Made:
+    """What a step makes of a group: the state after it, why it dropped what it dropped, and the counts.
 
     Args:
-        state: schema.STATE, N rows.
+        before: schema.STATE, N rows.
         number: the step's position in the recipe, from 1.
-        drop_N: bool (N,): rows that it drops.
-        reason: one for all, or string (N,).
-        value: float64 (N,) or None: what was compared.
-        threshold: float64 (N,), one for all, or None.
-        duplicate_of: binary(16) (N,) or None.
+        drop_N: bool (N,): rows that it drops; M of them.
+        lengths: rows of each unit of the group.
+        reason: one for all, or string or dictionary (M,).
+        value: float64 (M,) or None: what was compared.
+        threshold: float64, one for all or (M,), or None.
+        duplicate_of: binary(16) (M,) or None.
+
+    Returns:
+        `state` (schema.STATE, N rows) and `dropped` (schema.DROPPED, M rows).
 
     Raises:
         SchemaError: a row is dropped that is not alive, or the lengths differ.
     """
-    if len(drop_N) != state.num_rows or (drop_N & ~alive(state)).any():
-        raise SchemaError(f"step {number} drops rows that are not alive, or {len(drop_N)} of {state.num_rows} rows")
-    mask = pa.array(drop_N)
-    reason = pa.scalar(reason, pa.string()) if isinstance(reason, str) else reason
+    by_N = before.column("dropped_by").to_numpy()
+    alive_N = by_N == ALIVE
+    if not len(drop_N) == len(by_N) == sum(lengths):
+        raise SchemaError(f"step {number}: {len(by_N)} rows in, {len(drop_N)} judged, {sum(lengths)} listed")
+    if (drop_N & ~alive_N).any():
+        raise SchemaError(f"step {number} drops rows that are not alive")
+    dropped = dropped_table(int(drop_N.sum()), reason, value, threshold, duplicate_of)
+    left_N = alive_N & ~drop_N
+    counts = dropped.column("reason").value_counts().to_pylist()
+    facts = {
+        "entered": int(alive_N.sum()),
+        "alive": int(left_N.sum()),
+        "dropped": dict(sorted((c["values"], c["counts"]) for c in counts)),
+        "alive_by_unit": by_unit(left_N, lengths),
+    }
+    after = pa.table([np.where(drop_N, np.uint8(number), by_N)], schema=STATE)
+    return Made({"state": after, "dropped": dropped}, facts)
 
-    def where(new: pa.Array | pa.Scalar | None, name: str) -> pa.ChunkedArray:
-        return state.column(name) if new is None else pc.if_else(mask, new, state.column(name))
 
-    columns = [
-        pc.if_else(mask, pa.scalar(number, pa.uint8()), state.column("dropped_by")),
-        where(reason, "reason"),
-        where(value, "value"),
-        where(threshold, "threshold"),
-        where(duplicate_of, "duplicate_of"),
-    ]
-    return pa.table(columns, schema=STATE)
-
-
-def made(before: pa.Table, after: pa.Table, lengths: Sequence[int]) -> Made:
-    """A state as the output of a stage, with the counts that the rest of the run needs.
-
-    Args:
-        before: the state that the step was given.
-        after: the state that it gives.
-        lengths: rows of each unit of the group.
+def dropped_table(
+    rows: int,
+    reason: str | pa.Array,
+    value: pa.Array | None = None,
+    threshold: float | pa.Array | None = None,
+    duplicate_of: pa.Array | None = None,
+) -> pa.Table:
+    """schema.DROPPED of so many rows, from the arguments of `drop`.
 
     Raises:
-        SchemaError: a row was lost or gained.
+        SchemaError: a column has more or fewer.
     """
-    if not before.num_rows == after.num_rows == sum(lengths):
-        raise SchemaError(f"{before.num_rows} rows in, {after.num_rows} out, {sum(lengths)} listed")
-    alive_N = alive(after)
-    ends = np.cumsum([0, *lengths])
-    new_N = alive(before) & ~alive_N
-    reasons = after.column("reason").filter(pa.array(new_N)).value_counts().to_pylist()
-    facts = {
-        "entered": int(alive(before).sum()),
-        "alive": int(alive_N.sum()),
-        "dropped": dict(sorted((r["values"], r["counts"]) for r in reasons)),
-        "alive_by_unit": [int(alive_N[a:b].sum()) for a, b in pairwise(ends)],
-    }
-    return Made({"state": after}, facts)
+
+    def column(given: Any, kind: pa.DataType) -> pa.Array:
+        if given is None:
+            return pa.nulls(rows, kind)
+        if isinstance(given, pa.Array):
+            return given
+        if pa.types.is_dictionary(kind):
+            return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int32()), rows), [given])
+        return pa.repeat(pa.scalar(given, kind), rows)
+
+    if isinstance(reason, pa.StringArray):
+        reason = reason.dictionary_encode()
+    given = (reason, value, threshold, duplicate_of)
+    columns = [column(values, field.type) for values, field in zip(given, DROPPED, strict=True)]
+    if any(len(c) != rows or c.type != field.type for c, field in zip(columns, DROPPED, strict=True)):
+        found = ", ".join(f"{len(c)} of {c.type}" for c in columns)
+        raise SchemaError(f"{rows} rows are dropped, and told of: {found}")
+    return pa.table(columns, schema=DROPPED)
+
+
+def by_unit(mask_N: np.ndarray, lengths: Sequence[int]) -> list[int]:
+    """True rows of each unit of a group."""
+    return [int(mask_N[a:b].sum()) for a, b in pairwise(np.cumsum([0, *lengths]))]
+
+
+def reasons(by_N: np.ndarray, dropped: Sequence[pa.Table]) -> pa.Table:
+    """Why each row was dropped.
+
+    Args:
+        by_N: uint8 (N,), the last state's.
+        dropped: schema.DROPPED of `Begin`, then of each step from 1.
+
+    Returns:
+        N rows with the columns of schema.DROPPED, the reason as string; null for rows that are alive.
+
+    Raises:
+        SchemaError: a step tells of more or fewer rows than it dropped.
+    """
+    at_N, first = np.full(len(by_N), -1, np.int64), 0
+    for number, table in zip((PROBLEM, *range(1, len(dropped))), dropped, strict=True):
+        rows = np.flatnonzero(by_N == number)
+        if len(rows) != table.num_rows:
+            raise SchemaError(f"step {number} dropped {len(rows)} rows, and says why of {table.num_rows}")
+        at_N[rows] = np.arange(first, first + len(rows))
+        first += len(rows)
+    at = pa.array(at_N, mask=at_N < 0)
+    texts = (table.set_column(0, "reason", table.column("reason").cast(pa.string())) for table in dropped)
+    return pa.concat_tables(texts).combine_chunks().take(at)
 
 
 @dataclass(frozen=True)
@@ -116,8 +159,8 @@ class Begin:
     """The state before the first step: rows with a problem are dropped at once, all others are alive."""
 
     name: ClassVar[str] = "begin"
-    version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
@@ -128,9 +171,9 @@ class Begin:
         problem = samples.table(["problem"]).column("problem")
         for rows in scores:
             problem = pc.coalesce(problem, rows.table(["problem"]).column("problem"))
-        n = len(problem)
-        dropped_by = pc.if_else(pc.is_valid(problem), pa.scalar(PROBLEM, pa.uint8()), pa.scalar(ALIVE, pa.uint8()))
-        state = pa.table(
-            [dropped_by, problem, pa.nulls(n, pa.float64()), pa.nulls(n, pa.float64()), pa.nulls(n, UID)], schema=STATE
-        )
-        return made(state, state, samples.lengths)
+        bad_N = valid(problem)
+        state = pa.table([np.where(bad_N, np.uint8(PROBLEM), np.uint8(ALIVE))], schema=STATE)
+        dropped = dropped_table(int(bad_N.sum()), problem.drop_null().combine_chunks())
+        entered = len(bad_N) - len(dropped)
+        facts = {"entered": entered, "alive": entered, "dropped": {}, "alive_by_unit": by_unit(~bad_N, samples.lengths)}
+        return Made({"state": state, "dropped": dropped}, facts)

@@ -54,13 +54,15 @@ class Outcome:
     """What a rule hands on.
 
     Attributes:
-        state: the state after it, one part per group.
+        state: the state after it (schema.STATE), one part per group.
+        dropped: why, for the rows that it dropped (schema.DROPPED); as many parts.
         assign: evidence for each row that entered (columns `at`, `cluster`, `distance`, ...), one part per group.
         files: small evidence: name below select/NN-NAME/ -> bytes.
         health: plain values for the report.
     """
 
     state: Dataset
+    dropped: Dataset
     assign: Dataset | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     health: dict[str, Any] = field(default_factory=dict)
@@ -118,12 +120,18 @@ class Step:
         return self.vectors[model], side or "image"
 
 
-def places_in(samples: Rows, place: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row of a group stands in the pool: uint32 ordinal of its unit, and of the row in it."""
-    lengths = np.asarray(samples.lengths, np.int64)
-    unit_N = np.repeat(np.arange(len(lengths)) + place.given["first_unit"], lengths).astype(np.uint32)
-    row_N = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return unit_N, row_N.astype(np.uint32)
+def places_in(samples: Rows, place: Rows, at_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where rows of a group stand in the pool: uint32 (M,), the ordinal of each one's unit, and of the row in it.
+
+    Args:
+        samples: of the group; only its lengths are asked for.
+        place: of the group.
+        at_M: int64, positions in the group.
+    """
+    ends = np.cumsum(np.asarray(samples.lengths, np.int64))
+    unit_M = np.searchsorted(ends, at_M, side="right")
+    row_M = at_M - np.concatenate([[0], ends])[unit_M]
+    return (unit_M + place.given["first_unit"]).astype(np.uint32), row_M.astype(np.uint32)
 
 
 def table_numbers(table: pa.Table, name: str) -> np.ndarray:

@@ -15,9 +15,9 @@ from pipeline.executor import Serial
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, File, Part, given, to_parquet
 from pipeline.run import Run
-from pipeline.schema import SAMPLES, SCORES, VECTORS, embeddings
+from pipeline.schema import PROBLEM, SAMPLES, SCORES, VECTORS, embeddings
 from pipeline.stage import Made
-from pipeline.state import Begin
+from pipeline.state import Begin, dropped_table, reasons
 from pipeline.step import Outcome, Step
 from pipeline.storage import Root
 from pipeline.vectors import row_cosine, unit16
@@ -47,7 +47,7 @@ def stored(run: Run, tables: Sequence[pa.Table]) -> Dataset:
     """Tables as a dataset, one part each."""
     parts = []
     for table in tables:
-        data = to_parquet(table)
+        data = to_parquet(table, internal=True)
         sha256 = hashlib.sha256(data).hexdigest()
         run.store.write(sha256, data)
         parts.append(Part(sha256[:8], (File(sha256, sha256, len(data), table.num_rows),)))
@@ -113,7 +113,7 @@ def step_of(
     """The first step of a recipe over some units, of which `group_units` make a part."""
     bare = [pa.table({"none": pa.nulls(len(table), pa.string())}) for table in samples]
     groups = stored(run, samples).grouped(group_units)
-    begun = run.map(Begin(), groups)["state"]
+    begun = run.map(Begin(), groups)
     places = given([{"first_unit": i * group_units, "group": i} for i in range(len(groups))])
     vectors, scores = (
         {
@@ -123,12 +123,15 @@ def step_of(
         for names in (VECTORS, SCORES)
     )
     own = stored(run, columns or bare).grouped(group_units)
-    return Step(number, name, seed, run, groups, own, vectors, scores, begun, places, groups.num_rows)
+    return Step(number, name, seed, run, groups, own, vectors, scores, begun["state"], places, groups.num_rows)
 
 
 def state_of(step: Step, outcome: Outcome) -> pa.Table:
-    """The state of every row of the pool after a step."""
-    return table_of(step, outcome.state)
+    """What a step decided of every row of the pool; the reason is `earlier` for what was dropped before."""
+    by_N = table_of(step, outcome.state).column("dropped_by").to_numpy()
+    earlier = [dropped_table(int((by_N == by).sum()), "earlier") for by in (PROBLEM, *range(1, step.number))]
+    why = reasons(by_N, [*earlier, table_of(step, outcome.dropped)])
+    return why.add_column(0, "dropped_by", pa.array(by_N))
 
 
 def table_of(step: Step, dataset: Dataset) -> pa.Table:

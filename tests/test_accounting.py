@@ -19,8 +19,9 @@ from pipeline.formats.reading import Reading
 from pipeline.parts import Dataset, File, Part
 from pipeline.read import check
 from pipeline.record import load_record, receipts_of
-from pipeline.schema import ALIVE, PROBLEMS, SAMPLE_PROBLEMS, SAMPLES, STATE
-from pipeline.state import drop, made
+from pipeline.schema import PROBLEMS, SAMPLE_PROBLEMS, SAMPLES, STATE
+from pipeline.state import drop
+from pipeline.step import Outcome
 from pipeline.storage import Root
 from pipeline.write import kept_rows
 from tests.runs import datacomp_run
@@ -32,8 +33,7 @@ REASONS = {"columns.clip_l14_similarity_score", "duplicate", "low_score", "over_
 
 
 def state(*dropped_by: int) -> pa.Table:
-    rows = [{"dropped_by": number, "reason": None if number == ALIVE else "low_score"} for number in dropped_by]
-    return pa.Table.from_pylist(rows, schema=STATE)
+    return pa.table({"dropped_by": pa.array(dropped_by, pa.uint8())}, STATE)
 
 
 class Committed:
@@ -46,8 +46,11 @@ class Committed:
         return self._table.select(columns)
 
 
-def counted(stage: str, rows: int, **facts: Any) -> Dataset:
-    return Dataset(stage, "", (Part("", (File("", "", 0, rows, json.dumps(facts)),)),))
+def outcome(stage: str, rows: int, told: int, **facts: Any) -> Outcome:
+    state, dropped = (
+        Dataset(stage, "", (Part("", (File("", "", 0, found, json.dumps(facts)),)),)) for found in (rows, told)
+    )
+    return Outcome(state, dropped)
 
 
 def test_a_unit_whose_damaged_row_has_no_line_is_refused() -> None:
@@ -61,24 +64,26 @@ def test_a_unit_whose_damaged_row_has_no_line_is_refused() -> None:
 
 def test_a_stage_that_loses_a_row_is_refused() -> None:
     before = state(0, 0, 0)
-    after = drop(before, 1, np.array([True, False, False]), "low_score")
-    facts = made(before, after, [1, 2]).facts
+    facts = drop(before, 1, np.array([True, False, False]), [1, 2], "low_score").facts
     assert (facts["entered"], facts["alive"], facts["dropped"]) == (3, 2, {"low_score": 1})
-    with pytest.raises(SchemaError, match="3 rows in, 2 out, 3 listed"):
-        made(before, after.slice(1), [1, 2])
+    with pytest.raises(SchemaError, match="2 rows in, 3 judged, 3 listed"):
+        drop(before.slice(1), 1, np.array([True, False, False]), [1, 2], "low_score")
 
 
 def test_a_run_whose_counts_do_not_add_up_is_refused() -> None:
-    begun = counted("begin", 9, entered=8, alive=8, dropped={})
-    cut = counted("cut", 9, entered=8, alive=5, dropped={"low_score": 2, "no_score": 1})
+    begun = outcome("begin", 9, told=1, entered=8, alive=8, dropped={})
+    cut = outcome("cut", 9, told=3, entered=8, alive=5, dropped={"low_score": 2, "no_score": 1})
     assert alive_after(9, [begun, cut]) == [8, 5]
     for wrong, message in (
-        (counted("cut", 8, entered=8, alive=5, dropped={"low_score": 3}), "cut: 8 of 9 rows"),
-        (counted("cut", 9, entered=8, alive=5, dropped={"low_score": 2}), "8 entered, 5 left, 2 dropped"),
-        (counted("cut", 9, entered=7, alive=5, dropped={"low_score": 2}), "7 entered, 5 left, 2 dropped"),
+        (outcome("cut", 8, told=3, entered=8, alive=5, dropped={"low_score": 3}), "cut: 8 of 9 rows"),
+        (outcome("cut", 9, told=2, entered=8, alive=5, dropped={"low_score": 2}), "8 entered, 5 left, 2 dropped"),
+        (outcome("cut", 9, told=2, entered=7, alive=5, dropped={"low_score": 2}), "7 entered, 5 left, 2 dropped"),
+        (outcome("cut", 9, told=2, entered=8, alive=5, dropped={"low_score": 3}), "5 left, 3 dropped, 2 told"),
     ):
         with pytest.raises(SchemaError, match=message):
             alive_after(9, [begun, wrong])
+    with pytest.raises(SchemaError, match="8 entered, 8 left, 0 dropped, 2 told"):
+        alive_after(9, [outcome("begin", 9, told=2, entered=8, alive=8, dropped={}), cut])
 
 
 def test_an_output_shard_with_fewer_rows_than_are_due_is_refused() -> None:
@@ -99,6 +104,9 @@ def test_every_stage_of_a_run_accounts_for_every_row(tmp_path: Path, record_prop
         if "entered" in receipts[0]["facts"]:
             for facts in (receipt["facts"] for receipt in receipts):
                 assert facts["entered"] == facts["alive"] + sum(facts["dropped"].values()), manifest
+            told = sum(receipt["files"]["dropped"]["rows"] for receipt in receipts)
+            dropped_here = sum(sum(receipt["facts"]["dropped"].values()) for receipt in receipts)
+            assert told == dropped_here + (record.about["unreadable"] if "/begin/" in manifest else 0), manifest
             assert sum(receipt["files"]["state"]["rows"] for receipt in receipts) == listed, manifest
             balanced += 1
     rows = pq.read_table(run / "decisions").to_pylist()

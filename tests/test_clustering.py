@@ -170,7 +170,7 @@ def test_a_step_without_survivors_has_an_assignment_without_rows_and_a_state_of_
     centroid = np.load(io.BytesIO(outcome.files["centroids.npy"]), allow_pickle=False)
     assert (centroid.shape, centroid.dtype) == ((1, 1), np.float32)
     assert [f["dropped"] for f in outcome.state.facts()] == [{}, {}]
-    assert steps.state_of(step, outcome).column("reason").to_pylist() == ["bad_metadata"] * 3
+    assert steps.state_of(step, outcome).column("reason").to_pylist() == ["earlier"] * 3
 
 
 def test_health_by_hand():

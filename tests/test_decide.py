@@ -1,6 +1,5 @@
 """The written record: decisions, assignments and problems as users read them."""
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +8,7 @@ from pipeline.decide import Decide, ShowAssignment, ShowProblems
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
 from pipeline.schema import PROBLEMS, STATE
-from pipeline.state import drop
+from pipeline.state import dropped_table
 from tests import steps
 from tests.steps import Told
 
@@ -23,14 +22,12 @@ SAMPLES = Told(
 )
 
 
-def state():
-    nothing = {"dropped_by": 0, "reason": None, "value": None, "threshold": None, "duplicate_of": None}
-    table = pa.Table.from_pylist([nothing] * 5, schema=STATE)
-    table = drop(table, 255, np.array([0, 1, 0, 0, 0], bool), "missing_caption")
-    table = drop(table, 1, np.array([0, 0, 1, 0, 0], bool), "denied")
-    twin = pa.array([None, None, None, UID[0], None], pa.binary(16))
-    value = pa.array([None, None, None, 0.97, None], pa.float64())
-    return drop(table, 2, np.array([0, 0, 0, 1, 0], bool), "duplicate", value, pa.scalar(0.93), twin)
+STATE_AFTER = Told(pa.table({"dropped_by": pa.array([0, 255, 1, 2, 0], pa.uint8())}, STATE))
+DROPPED = [
+    Told(dropped_table(1, "missing_caption")),
+    Told(dropped_table(1, "denied")),
+    Told(dropped_table(1, "duplicate", pa.array([0.97]), 0.93, pa.array([UID[0]], pa.binary(16)))),
+]
 
 
 def written(made, folder):
@@ -42,7 +39,7 @@ def written(made, folder):
 
 
 def decided(tmp_path, stage, columns, *evidence, samples=SAMPLES):
-    return written(stage.build(Machine())(samples, columns, Told(state()), LABELS, *evidence), tmp_path)
+    return written(stage.build(Machine())(samples, columns, STATE_AFTER, LABELS, *DROPPED, *evidence), tmp_path)
 
 
 def test_every_listed_sample_has_its_row_in_pool_order(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline import exact
 from pipeline.exact import last_value_bits
 from pipeline.parts import given as told
-from pipeline.quota import Count, Gather, cut_of, cut_table, exact_cut, keys_of, ranked, taken
+from pipeline.quota import Count, Gather, Ranks, cut_of, cut_table, exact_cut, keys_of, ranked, taken
 from pipeline.vectors import ordered_bits
 from tests import steps
 from tests.steps import Told
@@ -59,12 +59,12 @@ def stored(run, rows, ends, units):
     return steps.stored(run, tables), samples, places, [a for a, _ in parts]
 
 
-def all_taken(run, cut, rows, samples, places, firsts):
+def all_taken(run, cut, left, rows, samples, places, firsts):
     limit = cut_of(run.rows(cut.parts[0]))
     found = []
     for at, first in enumerate(firsts):
-        mine = (run.rows(dataset.parts[at]) for dataset in (rows, samples, places))
-        found += (first + np.flatnonzero(taken(limit, *mine))).tolist()
+        mine, *more = (run.rows(dataset.parts[at]) for dataset in (rows, left, samples, places))
+        found += (first + np.flatnonzero(taken(limit, Ranks.of(mine.table()), *more))).tolist()
     return found
 
 
@@ -76,9 +76,9 @@ def test_a_cut_equals_a_sort_of_everything(problem):
     run = steps.memory_run()
     *datasets, firsts = stored(run, rows, ends, units)
     bits = 8 * rows[0].dtype.itemsize
-    cut = exact_cut(run, *datasets, told([{"quota": quotas}]), bits, gather_rows)
+    cut, left = exact_cut(run, *datasets, told([{"quota": quotas}]), bits, gather_rows)
     expected, last = by_sorting(*rows, quotas)
-    assert all_taken(run, cut, *datasets, firsts) == expected
+    assert all_taken(run, cut, left, *datasets, firsts) == expected
     value_K, known_K = last_value_bits(cut_of(run.rows(cut.parts[0])))
     assert {g: int(v) for g, (v, k) in enumerate(zip(value_K, known_K, strict=True)) if k} == last
 
@@ -89,10 +89,10 @@ def test_quotas_may_come_as_a_table_and_a_cut_tells_how_much_it_takes(gather_row
     group_N = np.array([0, 1, 0, 1, 0, 1], np.int32)
     rows = (np.array([5, 4, 3, 2, 1, 0], np.uint32), np.ones(6, bool), group_N, [bytes([i]) * 16 for i in range(6)])
     *datasets, firsts = stored(run, rows, [0, 6], 1)
-    cut = exact_cut(run, *datasets, steps.stored(run, [pa.table({"quota": [2, 9]})]), 32, gather_rows)
+    cut, left = exact_cut(run, *datasets, steps.stored(run, [pa.table({"quota": [2, 9]})]), 32, gather_rows)
     assert next(cut.facts()) == {"undecided": 0, "quota": 5}
     assert ("quota_count" in {entry["stage"] for entry in run.times}) == (gather_rows == 1)
-    assert all_taken(run, cut, *datasets, firsts) == [1, 2, 3, 4, 5]
+    assert all_taken(run, cut, left, *datasets, firsts) == [1, 2, 3, 4, 5]
 
 
 class Unread(Told):
@@ -122,11 +122,17 @@ def test_uids_are_read_only_where_values_are_equal_to_the_last_one():
     left = Gather().gather(rows, samples, place, told_cut).tables["undecided"]
     assert (samples.reads, left.column("unit").to_pylist(), left.column("row").to_pylist()) == (2, [3] * 3, [0, 2, 4])
     done = exact.settle(cut, *keys_of(left))
-    assert taken(done, rows, samples, place).tolist() == [False, True, True, False, True, False]
+    ranks = Ranks.of(rows.table())
+    assert taken(done, ranks, Told(left), samples, place).tolist() == [False, True, True, False, True, False]
+    assert samples.reads == 2
+    few = Told(left.slice(1))  # as after counts that closed the group before its rows were few
+    assert taken(done, ranks, few, samples, place).tolist() == [False, True, True, False, True, False]
+    assert samples.reads == 3
     elsewhere = Unread(*samples.tables)
-    others = Told(ranked(np.array([8, 6], np.uint32), np.ones(2, bool)))
-    assert taken(done, others, elsewhere, place).tolist() == [False, True]
-    assert Gather().gather(others, elsewhere, place, told_cut).tables["undecided"].num_rows == 0
+    others = ranked(np.array([8, 6], np.uint32), np.ones(2, bool))
+    none = Gather().gather(Told(others), elsewhere, place, told_cut).tables["undecided"]
+    assert none.num_rows == 0
+    assert taken(done, Ranks.of(others), Told(none), elsewhere, place).tolist() == [False, True]
     assert elsewhere.reads == 0
 
 
@@ -135,6 +141,6 @@ def test_nothing_is_taken_of_nothing(gather_rows):
     run = steps.memory_run()
     nothing = (np.empty(0, np.uint64), np.empty(0, bool), np.empty(0, np.int32), [])
     *datasets, firsts = stored(run, nothing, [0, 0, 0], 1)
-    cut = exact_cut(run, *datasets, told([{"quota": [3]}]), 64, gather_rows)
+    cut, left = exact_cut(run, *datasets, told([{"quota": [3]}]), 64, gather_rows)
     assert next(cut.facts()) == {"undecided": 0, "quota": 0}
-    assert all_taken(run, cut, *datasets, firsts) == []
+    assert all_taken(run, cut, left, *datasets, firsts) == []

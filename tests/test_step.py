@@ -64,11 +64,15 @@ def test_the_base_is_the_pool_or_what_entered_and_more_than_there_is_warns(caplo
 def test_places_count_units_over_groups_and_rows_in_units():
     run = steps.memory_run()
     step = steps.step_of(run, [steps.uids(1, 2), steps.uids(), steps.uids(3), steps.uids(4)], group_units=3)
+    groups = [
+        (run.rows(rows), run.rows(place)) for rows, place in zip(step.samples.parts, step.places.parts, strict=True)
+    ]
     found = [
-        [list(map(int, at)) for at in places_in(run.rows(rows), run.rows(place))]
-        for rows, place in zip(step.samples.parts, step.places.parts, strict=True)
+        [list(map(int, at)) for at in places_in(*group, np.array(rows))]
+        for group, rows in zip(groups, [[0, 1, 2], [0]], strict=True)
     ]
     assert found == [[[0, 0, 2], [0, 1, 0]], [[3], [0]]]
+    assert [at.tolist() for at in places_in(*groups[0], np.array([2, 1]))] == [[2, 0], [0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def step_of(scratch: Path, run: Run) -> Step:
 
 def committed(store: Root, table: pa.Table) -> Part:
     """A table as a part of one file."""
-    data = to_parquet(table)
+    data = to_parquet(table, internal=True)
     sha256 = hashlib.sha256(data).hexdigest()
     store.write(sha256, data)
     return Part(sha256[:8], (File(sha256, sha256, len(data), table.num_rows),))

@@ -194,7 +194,7 @@ def embedding(pool: Tars, folder: Path, model: dict[str, str]) -> Callable[[], N
             with UnitFiles(unit, machine) as files:
                 made = function(files, listed)
             for name, table in made.tables.items():
-                store.write(f"{unit.shard}-{name}.parquet", to_parquet(table))
+                store.write(f"{unit.shard}-{name}.parquet", to_parquet(table, internal=True))
 
     return run
 

@@ -21,9 +21,9 @@ from pipeline.arrow import valid
 from pipeline.exact import last_value_bits
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, given
-from pipeline.quota import cut_of, exact_cut, ranked, taken
+from pipeline.quota import Ranks, cut_of, exact_cut, ranked, taken
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import alive, drop, made
+from pipeline.state import alive, drop
 from pipeline.step import RULE, Base, Keep, Outcome, Step, asked, table_numbers
 from pipeline.vectors import from_ordered_bits, ordered_bits
 
@@ -62,22 +62,23 @@ class Cut:
         source = step.columns if self.column else step.scores[self.score]
         scored = step.run.map(Score(self.column), source, step.state)["scored"]
         if self.min is not None:
-            state = step.run.map(CutAt(step.number, float(self.min)), step.state, scored, step.samples)["state"]
-            return Outcome(state, files={"cut.json": _report(step.base(self.of), None, state, self.min)})
+            done = step.run.map(CutAt(step.number, float(self.min)), step.state, scored, step.samples)
+            return self.outcome(step, done, None, self.min)
         assert self.keep is not None
         want = step.budget(self.keep, self.of)
         bits = 64 if self.column else 32
-        cut = exact_cut(step.run, scored, step.samples, step.places, given([{"quota": [want]}]), bits)
-        inputs = step.state, scored, cut.spread(len(scored)), step.samples, step.places
-        state = step.run.map(CutTop(step.number), *inputs)["state"]
+        cut, left = exact_cut(step.run, scored, step.samples, step.places, given([{"quota": [want]}]), bits)
+        inputs = step.state, scored, cut.spread(len(scored)), left, step.samples, step.places
+        done = step.run.map(CutTop(step.number), *inputs)
         threshold = lowest_kept(cut_of(step.run.rows(cut.parts[0])))
-        asked_for = asked(self.keep, step.base(self.of))
-        return Outcome(state, files={"cut.json": _report(step.base(self.of), asked_for, state, threshold)})
+        return self.outcome(step, done, asked(self.keep, step.base(self.of)), threshold)
 
-
-def _report(base: int, want: int | None, state: Dataset, threshold: float | None) -> bytes:
-    kept = sum(f["alive"] for f in state.facts())
-    return (json.dumps({"base": base, "asked": want, "kept": kept, "threshold": threshold}, indent=1) + "\n").encode()
+    def outcome(self, step: Step, done: dict[str, Dataset], want: int | None, threshold: float | None) -> Outcome:
+        """What is handed on, with the figures of the cut."""
+        kept = sum(f["alive"] for f in done["state"].facts())
+        figures = {"base": step.base(self.of), "asked": want, "kept": kept, "threshold": threshold}
+        file = (json.dumps(figures, indent=1) + "\n").encode()
+        return Outcome(done["state"], done["dropped"], files={"cut.json": file})
 
 
 def lowest_kept(cut: exact.Cut) -> float | None:
@@ -116,17 +117,17 @@ class CutTop:
     number: int
 
     name: ClassVar[str] = "cut_top"
-    version: ClassVar[int] = 2
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 3
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.cut
 
-    def cut(self, state: Rows, scored: Rows, cut: Rows, samples: Rows, place: Rows) -> Made:
-        limit = cut_of(cut)
-        keep_N = taken(limit, scored, samples, place)
-        return _cut(self.number, state, scores_of(scored), keep_N, lowest_kept(limit), samples)
+    def cut(self, state: Rows, scored: Rows, cut: Rows, left: Rows, samples: Rows, place: Rows) -> Made:
+        limit, table = cut_of(cut), scored.table()
+        keep_N = taken(limit, Ranks.of(table), left, samples, place)
+        return _cut(self.number, state, table, keep_N, lowest_kept(limit), samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,31 +138,32 @@ class CutAt:
     min: float
 
     name: ClassVar[str] = "cut_at"
-    version: ClassVar[int] = 2
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 3
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.cut
 
     def cut(self, state: Rows, scored: Rows, samples: Rows) -> Made:
-        score_N = scores_of(scored)
-        keep_N = np.asarray(pc.fill_null(pc.greater_equal(score_N, self.min), False))
-        return _cut(self.number, state, score_N, keep_N, self.min, samples)
+        table = scored.table()
+        keep_N = np.asarray(pc.fill_null(pc.greater_equal(scores_of(table), self.min), False))
+        return _cut(self.number, state, table, keep_N, self.min, samples)
 
 
-def scores_of(scored: Rows) -> pa.Array:
+def scores_of(scored: pa.Table) -> pa.Array:
     """The scores that rows of `Score` are ranked by: float64 (N,), null for rows that have none or are dropped."""
-    bits_N = scored.table().column("bits").combine_chunks()
+    bits_N = scored.column("bits").combine_chunks()
     score_N = from_ordered_bits(~pc.fill_null(bits_N, 0).to_numpy()).astype(np.float64)
-    return pa.array(score_N, mask=~valid(bits_N))
+    return pa.array(score_N, mask=~valid(bits_N) if bits_N.null_count else None)
 
 
 def _cut(
-    number: int, state: Rows, score_N: pa.Array, keep_N: np.ndarray, threshold: float | None, samples: Rows
+    number: int, state: Rows, scored: pa.Table, keep_N: np.ndarray, threshold: float | None, samples: Rows
 ) -> Made:
     before = state.table()
-    reason_N = pc.if_else(pc.is_valid(score_N), pa.scalar("low_score"), pa.scalar("no_score"))
     drop_N = alive(before) & ~keep_N
-    bound = pa.scalar(threshold, pa.float64())
-    return made(before, drop(before, number, drop_N, reason_N, score_N, bound), samples.lengths)
+    score = scores_of(scored.filter(pa.array(drop_N)))
+    why = pa.array(np.where(valid(score), np.int32(0), np.int32(1)))
+    reason = pa.DictionaryArray.from_arrays(why, ["low_score", "no_score"])
+    return drop(before, number, drop_N, samples.lengths, reason, score, threshold)

@@ -23,7 +23,7 @@ from pipeline.parts import Dataset
 from pipeline.products import Operand, candidates, dots, operand, pays, told_apart
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import drop, made
+from pipeline.state import drop
 from pipeline.step import RULE, Outcome, Step, places_in
 from pipeline.vectors import (
     Float16s,
@@ -297,7 +297,7 @@ class Dedup:
         done = step.run.map(repeat, step.state, found.assigned, compared, step.samples)
         sizes = sums_of(step.run.rows(found.sizes.grouped(groups).parts[0]), found.k)[0]
         files = {"centroids.npy": found.centroid_file(step)}
-        return Outcome(done["state"], done["compared"], files, health(sizes, found.objective))
+        return Outcome(done["state"], done["dropped"], done["compared"], files, health(sizes, found.objective))
 
     def compare(self, step: Step, found: Clusters, bucket_rows: int) -> Dataset:
         """Each survivor's nearest earlier row in its cluster; one part for each group, rows in any order.
@@ -361,7 +361,7 @@ class Scatter:
         table = assigned.table()
         at_M = table.column("at").to_numpy()
         bucket_K = buckets.table().column("bucket").to_numpy()
-        unit_N, row_N = places_in(samples, place)
+        unit_M, row_M = places_in(samples, place, at_M)
         vectors, first = np.empty((len(at_M), 0), np.uint8), 0
         for piece in evidence.pieces([self.side]):
             stored = piece.column(self.side)
@@ -377,8 +377,8 @@ class Scatter:
             "cluster": table.column("cluster"),
             "distance": table.column("distance"),
             "uid": samples.table(["uid"]).column("uid").combine_chunks().take(table.column("at")),
-            "unit": pa.array(unit_N[at_M]),
-            "row": pa.array(row_N[at_M]),
+            "unit": pa.array(unit_M),
+            "row": pa.array(row_M),
             "vector": fixed(vectors),
         }
         return Made({"rows": pa.table(columns)}, buckets=self.count)
@@ -481,8 +481,8 @@ class DropRepeats:
     min_cos: float
 
     name: ClassVar[str] = "dedup_drop"
-    version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("state", "compared")
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped", "compared")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
@@ -497,14 +497,11 @@ class DropRepeats:
             answers = COMPARED.empty_table()
         answers = answers.sort_by("at")
         at_M, cos_M = answers.column("at").to_numpy(), answers.column("max_cosine").to_numpy()
-        n = before.num_rows
-        back_N = np.full(n, -1, np.int64)
-        back_N[at_M] = np.arange(len(at_M))
-        drop_N = np.zeros(n, bool)
-        drop_N[at_M] = cos_M.astype(np.float64) > self.min_cos
-        back = pa.array(back_N, mask=back_N < 0)
-        value = answers.column("max_cosine").combine_chunks().cast(pa.float64()).take(back)
-        twin = answers.column("duplicate_of").combine_chunks().take(back)
-        bound = pa.scalar(self.min_cos, pa.float64())
-        done = made(before, drop(before, self.number, drop_N, "duplicate", value, bound, twin), samples.lengths)
+        near_M = cos_M.astype(np.float64) > self.min_cos
+        drop_N = np.zeros(before.num_rows, bool)
+        drop_N[at_M] = near_M
+        repeats = answers.filter(pa.array(near_M))
+        value = repeats.column("max_cosine").combine_chunks().cast(pa.float64())
+        twin = repeats.column("duplicate_of").combine_chunks()
+        done = drop(before, self.number, drop_N, samples.lengths, "duplicate", value, self.min_cos, twin)
         return Made({**done.tables, "compared": answers}, done.facts)

@@ -20,7 +20,7 @@ from pipeline.machine import Machine
 from pipeline.parts import given, to_parquet
 from pipeline.quota import Ranks, cut_of, exact_cut, key_table, keys_of, ranked, taken
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import alive, drop, made
+from pipeline.state import alive, drop
 from pipeline.step import RULE, Base, Keep, Outcome, Step
 from pipeline.vectors import Bools, Float32s, Float64s, draw, from_ordered_bits, norms, ordered_bits
 
@@ -243,19 +243,19 @@ class Density:
         table = step.run.map(share, found.sizes.grouped(len(found.sizes)), found.centroids, total)["clusters"]
         rank = Rank(self.pick, step.seed, step.name)
         rows = step.run.map(rank, found.assigned, step.samples)["ranked"]
-        cut = exact_cut(step.run, rows, step.samples, step.places, table, 64 if self.pick == "random" else 32)
+        cut, left = exact_cut(step.run, rows, step.samples, step.places, table, 64 if self.pick == "random" else 32)
         many = len(rows)
-        cuts, known = cut.spread(many), (found.assigned, step.samples, step.places)
+        cuts, known = cut.spread(many), (left, found.assigned, step.samples, step.places)
         if self.pick == "random":
             last = step.run.map(LastDrawn(), rows, cuts, *known)["last"]
             bounds = step.run.map(DrawnBounds(found.k), last.grouped(many))["bounds"]
         else:
             bounds = step.run.map(Bounds(self.pick), cut)["bounds"]
-        state = step.run.map(Prune(step.number), step.state, rows, cuts, bounds.spread(many), *known)["state"]
+        done = step.run.map(Prune(step.number), step.state, rows, cuts, bounds.spread(many), *known)
         clusters = step.run.rows(table.parts[0]).table()
         files = {"centroids.npy": found.centroid_file(step), "clusters.parquet": to_parquet(clusters)}
         figures = health(clusters.column("size").to_numpy(), found.objective) | next(table.facts())
-        return Outcome(state, found.assigned, files, figures)
+        return Outcome(done["state"], done["dropped"], found.assigned, files, figures)
 
 
 CLUSTERS = pa.schema(
@@ -373,17 +373,17 @@ class LastDrawn:
     """Of a group, the rows that may be the last that their cluster keeps of a draw: those of its last hash."""
 
     name: ClassVar[str] = "density_last"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     outputs: ClassVar[tuple[str, ...]] = ("last",)
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.last
 
-    def last(self, rows: Rows, cut: Rows, assigned: Rows, samples: Rows, place: Rows) -> Made:
+    def last(self, rows: Rows, cut: Rows, left: Rows, assigned: Rows, samples: Rows, place: Rows) -> Made:
         found = cut_of(cut)
-        keep_N = taken(found, rows, samples, place)
-        ranks = Ranks.of(rows)
+        ranks = Ranks.of(rows.table())
+        keep_N = taken(found, ranks, left, samples, place)
         last = ranks.last(found)
         kept = ranks.take(last[keep_N[ranks.at[last]]])
         at_M, _, distance_M = clustered(assigned)
@@ -430,21 +430,29 @@ class Prune:
     number: int
 
     name: ClassVar[str] = "density_prune"
-    version: ClassVar[int] = 2
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 3
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.prune
 
     def prune(
-        self, state: Rows, rows: Rows, cut: Rows, bounds: Rows, assigned: Rows, samples: Rows, place: Rows
+        self,
+        state: Rows,
+        rows: Rows,
+        cut: Rows,
+        bounds: Rows,
+        left: Rows,
+        assigned: Rows,
+        samples: Rows,
+        place: Rows,
     ) -> Made:
         before = state.table()
         at_M, cluster_M, distance_M = clustered(assigned)
         bound_K = bounds.table().column("distance").to_numpy(zero_copy_only=False)
         value_N, bound_N = np.full(before.num_rows, np.nan), np.full(before.num_rows, np.nan)
         value_N[at_M], bound_N[at_M] = distance_M, bound_K[cluster_M]
-        drop_N = alive(before) & ~taken(cut_of(cut), rows, samples, place)
-        value, bound = (pa.array(v, pa.float64(), from_pandas=True) for v in (value_N, bound_N))
-        return made(before, drop(before, self.number, drop_N, "over_quota", value, bound), samples.lengths)
+        drop_N = alive(before) & ~taken(cut_of(cut), Ranks.of(rows.table()), left, samples, place)
+        value, bound = (pa.array(v[drop_N], pa.float64(), from_pandas=True) for v in (value_N, bound_N))
+        return drop(before, self.number, drop_N, samples.lengths, "over_quota", value, bound)

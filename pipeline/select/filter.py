@@ -108,7 +108,7 @@ class Filter:
         return named | ({own: pa.string()} if own else {})
 
     def apply(self, step: Step) -> Outcome:
-        return Outcome(judged(step, self))
+        return judged(step, self)
 
     def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
         detect = cld3() if self.language and self.language.detector else None

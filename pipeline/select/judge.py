@@ -16,10 +16,9 @@ import pyarrow as pa
 
 from pipeline.arrow import valid
 from pipeline.machine import Machine
-from pipeline.parts import Dataset
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import Verdict, alive, drop, made
-from pipeline.step import Step
+from pipeline.state import Verdict, alive, drop
+from pipeline.step import Outcome, Step
 
 
 class RowRule(Protocol):
@@ -36,9 +35,10 @@ class RowRule(Protocol):
         """Load what is needed once per worker."""
 
 
-def judged(step: Step, rule: RowRule) -> Dataset:
-    """The state after a row rule."""
-    return step.run.map(Judge(step.number, rule), step.samples, step.columns, step.state)["state"]
+def judged(step: Step, rule: RowRule) -> Outcome:
+    """What a row rule hands on."""
+    done = step.run.map(Judge(step.number, rule), step.samples, step.columns, step.state)
+    return Outcome(done["state"], done["dropped"])
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Judge:
     rule: Any
 
     name: ClassVar[str] = "judge"
-    version: ClassVar[int] = 1
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 2
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
@@ -65,15 +65,11 @@ class Judge:
                 verdicts = [judge(s, s.select([])) for s in seen]
             alive_N = alive(before)
             reason = pa.concat_arrays([v.reason for v in verdicts])
-            after = drop(
-                before,
-                self.number,
-                alive_N & valid(reason),
-                reason,
-                pa.concat_arrays([v.value for v in verdicts]),
-                pa.concat_arrays([v.threshold for v in verdicts]),
-            )
-            done = made(before, after, samples.lengths)
+            drop_N = alive_N & valid(reason)
+            value = pa.concat_arrays([v.value for v in verdicts])
+            threshold = pa.concat_arrays([v.threshold for v in verdicts])
+            why = (column.filter(pa.array(drop_N)) for column in (reason, value, threshold))
+            done = drop(before, self.number, drop_N, samples.lengths, *why)
             done.facts["overlap"] = overlap(verdicts, alive_N)
             return done
 

@@ -79,7 +79,7 @@ class List:
         return {}
 
     def apply(self, step: Step) -> Outcome:
-        return Outcome(judged(step, self))
+        return judged(step, self)
 
     def build(self, machine: Machine) -> Callable[[pa.Table, pa.Table], Verdict]:
         listed = Listed.of(members(_read(self.url, machine), self.url, self.on))

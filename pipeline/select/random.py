@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 from pipeline.arrow import hexes
 from pipeline.machine import Machine
 from pipeline.parts import given
-from pipeline.quota import cut_of, exact_cut, ranked, taken
+from pipeline.quota import Ranks, cut_of, exact_cut, ranked, taken
 from pipeline.stage import Function, Made, Rows
-from pipeline.state import alive, drop, made
+from pipeline.state import alive, drop
 from pipeline.step import RULE, Base, Keep, Outcome, Step
 from pipeline.vectors import draw
 
@@ -37,10 +37,10 @@ class Random:
     def apply(self, step: Step) -> Outcome:
         drawn = step.run.map(Hash(step.seed, step.name), step.samples, step.state)["drawn"]
         quota = given([{"quota": [step.budget(self.keep, self.of)]}])
-        cut = exact_cut(step.run, drawn, step.samples, step.places, quota, 64)
-        inputs = step.state, drawn, cut.spread(len(drawn)), step.samples, step.places
-        state = step.run.map(Lot(step.number), *inputs)["state"]
-        return Outcome(state)
+        cut, left = exact_cut(step.run, drawn, step.samples, step.places, quota, 64)
+        inputs = step.state, drawn, cut.spread(len(drawn)), left, step.samples, step.places
+        done = step.run.map(Lot(step.number), *inputs)
+        return Outcome(done["state"], done["dropped"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Lot:
     number: int
 
     name: ClassVar[str] = "random_lot"
-    version: ClassVar[int] = 2
-    outputs: ClassVar[tuple[str, ...]] = ("state",)
+    version: ClassVar[int] = 3
+    outputs: ClassVar[tuple[str, ...]] = ("state", "dropped")
     exact: ClassVar[bool] = True
 
     def build(self, machine: Machine) -> Function:
         return self.lot
 
-    def lot(self, state: Rows, drawn: Rows, cut: Rows, samples: Rows, place: Rows) -> Made:
+    def lot(self, state: Rows, drawn: Rows, cut: Rows, left: Rows, samples: Rows, place: Rows) -> Made:
         before = state.table()
-        keep_N = taken(cut_of(cut), drawn, samples, place)
-        return made(before, drop(before, self.number, alive(before) & ~keep_N, "not_drawn"), samples.lengths)
+        keep_N = taken(cut_of(cut), Ranks.of(drawn.table()), left, samples, place)
+        return drop(before, self.number, alive(before) & ~keep_N, samples.lengths, "not_drawn")

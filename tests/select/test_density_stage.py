@@ -172,8 +172,8 @@ def test_the_last_drawn_of_equal_rows_is_the_last_by_uid_that_the_quota_takes():
     rows = steps.stored(run, [ranked(np.full(3, 7, np.uint64), np.ones(3, bool), np.zeros(3, np.int32))])
     assigned = pa.table({"at": [0, 1, 2], "cluster": [0, 0, 0], "distance": np.array([0.5, 0.25, 0.75], np.float32)})
     for quota, bound in [(1, 0.25), (2, 0.5), (3, 0.75)]:
-        cut = exact_cut(run, rows, samples, places, told([{"quota": [quota]}]), 64)
-        found = [run.rows(dataset.parts[0]) for dataset in (rows, cut)]
+        cut, left = exact_cut(run, rows, samples, places, told([{"quota": [quota]}]), 64)
+        found = [run.rows(dataset.parts[0]) for dataset in (rows, cut, left)]
         told_rows = Told(assigned), *(run.rows(dataset.parts[0]) for dataset in (samples, places))
         last = LastDrawn().last(*found, *told_rows).tables["last"]
         bounds = DrawnBounds(1).bounds(Told(last)).tables["bounds"]

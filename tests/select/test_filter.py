@@ -196,7 +196,7 @@ def test_a_filter_sees_the_survivors_only_and_units_may_lack_the_column():
         group_units=2,
     )
     outcome = Filter(columns={"x": Column(min=1)}).apply(step)
-    assert [v[0] for v in steps.verdicts(step, outcome)] == [None, "bad_metadata", "missing_x"]
+    assert [v[0] for v in steps.verdicts(step, outcome)] == [None, "earlier", "missing_x"]
     assert next(outcome.state.facts())["overlap"] == {"columns.x": 1}
 
 

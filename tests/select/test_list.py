@@ -174,5 +174,5 @@ def test_the_step_drops_what_the_list_names_among_the_survivors(tmp_path):
     rows = [dict(ROWS[0]), dict(ROWS[1]), dict(ROWS[0], problem="bad_metadata")]
     step = steps.step_of(steps.memory_run(), [steps.samples_of(*rows)])
     outcome = List(deny=text(tmp_path / "l.txt", UIDS[0])).apply(step)
-    assert [v[0] for v in steps.verdicts(step, outcome)] == ["denied", None, "bad_metadata"]
+    assert [v[0] for v in steps.verdicts(step, outcome)] == ["denied", None, "earlier"]
     assert next(outcome.state.facts())["overlap"] == {}
