@@ -127,13 +127,17 @@ def as_read(store: Root, record: Record) -> AsRead:
         Unreadable: the manifest is missing or damaged.
     """
     names: list[str] = []
+    manifest = record.manifest("read")
 
     def named() -> Iterator[Receipt]:
-        for receipt in receipts_of(store, record.manifest("read")):
+        for receipt in receipts_of(store, manifest):
             names.append(receipt["name"])
             yield receipt
 
-    files = files_of("read", ("samples", "columns"), named())
+    try:
+        files = files_of("read", ("samples", "columns"), named(), record.about["shards"])
+    except ValueError:
+        raise Unreadable(manifest, f"it does not hold {record.about['shards']} shards") from None
     return AsRead(*(Listed(names, files[output]) for output in ("samples", "columns")))
 
 

@@ -501,13 +501,15 @@ class Run:
         if units is not None and len(units) != len(keys[0]):
             raise ValueError(f"{len(units)} units, {len(keys[0])} parts")
         names = [u.shard for u in units] if units is not None else [p.name for p in inputs[0].parts]
+        finished = [self._finished(stage, mine, names) for stage, mine in zip(stages, keys, strict=True)]
+        lacking = [at for at, datasets in enumerate(finished) if datasets is None]
         found = Receipts()
-        for stage, mine in zip(stages, keys, strict=True):
-            self._find(stage, mine, names, found)
+        for at in lacking:
+            self._find(stages[at], keys[at], names, found)
 
         def tasks() -> Iterator[Task]:
             for i, name in enumerate(names):
-                missing = [at for at in range(len(stages)) if keys[at][i] not in found]
+                missing = [at for at in lacking if keys[at][i] not in found]
                 if missing:
                     yield Task(
                         name,
@@ -517,13 +519,16 @@ class Run:
                         tuple(d.parts[i] for d in inputs),
                     )
 
-        missing = sum(any(mine[i] not in found for mine in keys) for i in range(len(names)))
+        missing = sum(any(keys[at][i] not in found for at in lacking) for i in range(len(names)))
         if missing:
             title = stages[0].name if len(stages) == 1 else f"{stages[0].name} x{len(stages)}"
             for _, receipts in self._do(title, tasks(), len(names) - missing, len(names), gpu):
                 for receipt in receipts:
                     found.add(receipt)
-        return [self._finish(stage, mine, found, names) for stage, mine in zip(stages, keys, strict=True)]
+        return [
+            datasets or self._finish(stage, mine, found, names)
+            for stage, mine, datasets in zip(stages, keys, finished, strict=True)
+        ]
 
     def read(self, stage: Stage, units: Sequence[Unit], after: Sequence[Stage] = ()) -> dict[str, Dataset]:
         """`map` over the pool's files themselves, whose content is known only once they have been read.
@@ -544,6 +549,8 @@ class Run:
         keys: list[str | None] = self._listed(listings)
         known = Receipts()
         shards = [u.shard for u in units]
+        if all(keys) and (datasets := self._finished(stage, cast("list[str]", keys), shards)):
+            return datasets
         self._find(stage, [k for k in keys if k], [s for s, k in zip(shards, keys, strict=True) if k], known)
         todo = [i for i, k in enumerate(keys) if k is None or k not in known]
         remote = any(scheme_of(s.url) not in ("file", "local") for u in units[:1] for s in u.sources.values())
@@ -613,11 +620,12 @@ class Run:
 
     def _find(self, stage: Stage, keys: Sequence[str], names: Sequence[str], found: Receipts) -> None:
         """Add the receipts of those keys that are committed: in a manifest of theirs, compacted, or loose."""
-        if not keys or self._finished(stage, keys, names, found):
-            return
         missing = set(keys).difference(found)
-        for folder in (f"{SEGMENTS}/{stage.name}", f"{MANIFESTS}/{stage.name}"):
-            for path in self.store.list(folder):
+        if not missing:
+            return
+        mine = _manifest(stage, keys, names)
+        for folder in (f"{MANIFESTS}/{stage.name}", f"{SEGMENTS}/{stage.name}"):
+            for path in sorted(self.store.list(folder), key=lambda path: path != mine):
                 if not missing:
                     return
                 for receipt in _unpacked(path, self.store.read(path)):
@@ -629,21 +637,27 @@ class Run:
             if key in missing and (receipt := read_record(self.store, path)):
                 found.add(receipt)
 
-    def _finished(self, stage: Stage, keys: Sequence[str], names: Sequence[str], found: Receipts) -> bool:
-        """Add the receipts of a dataset from its manifest; whether it has one that is whole."""
+    def _finished(self, stage: Stage, keys: Sequence[str], names: Sequence[str]) -> dict[str, Dataset] | None:
+        """The datasets of a finished stage as its manifest tells them; None without a manifest that is whole."""
         path = _manifest(stage, keys, names)
         try:
             data = self.store.read(path)
         except FileNotFoundError:
-            return False
-        held = 0
-        for receipt in _unpacked(path, data):
-            found.add(receipt)
-            held += 1
-        if held < len(keys) or not all(key in found for key in keys):
-            return False
+            return None
+
+        def asked() -> Iterator[Receipt]:
+            for key, receipt in zip(keys, in_order(data), strict=True):
+                if receipt["key"] != key:
+                    raise ValueError(f"holds {receipt['key']} for {key}")
+                yield receipt
+
+        try:
+            files = files_of(stage.name, stage.outputs, asked(), len(keys))
+        except ValueError as error:
+            log.warning("%s: %s; what it stands for is made again", path, error)
+            return None
         self.whole[path] = _sha256(data)
-        return True
+        return self._datasets(stage, path, files, names)
 
     def _listed(self, listings: Sequence[str]) -> list[str | None]:
         """The key of each unit's part, as far as memos of what its files hold are there: compacted, or loose."""
@@ -733,9 +747,15 @@ class Run:
             self.store.write(path, data)
             self.whole[path] = _sha256(data)
             del data
+        files = files_of(stage.name, stage.outputs, (found[key] for key in keys), len(keys))
+        return self._datasets(stage, path, files, names)
+
+    def _datasets(
+        self, stage: Stage, path: str, files: dict[str, Committed], names: Sequence[str]
+    ) -> dict[str, Dataset]:
+        """What a finished stage gives, noted in the run's record."""
         self.manifests[path] = self.whole[path]
         self.store.delete(_failed(stage.name))
-        files = files_of(stage.name, stage.outputs, (found[key] for key in keys))
         self.stored_bytes.setdefault(stage.name, {})[path] = sum(f.bytes for every in files.values() for f in every)
         key = path.rpartition("/")[2].removesuffix(".parquet")
         self.datasets.append((stage.name, key))
@@ -786,17 +806,21 @@ def in_order(data: bytes) -> Iterator[Receipt]:
         raise ValueError(f"not a list of receipts: {' '.join(str(error).split())}") from None
 
 
-def files_of(stage: str, outputs: Sequence[str], receipts: Iterable[Receipt]) -> dict[str, Committed]:
-    """The files of each output of a stage, in the order of the receipts."""
+def files_of(stage: str, outputs: Sequence[str], receipts: Iterable[Receipt], count: int) -> dict[str, Committed]:
+    """The files of each output of a stage, in the order of the receipts.
+
+    Raises:
+        ValueError: there are not `count` of them.
+    """
     facts: list[str] = []
-    packed = {output: bytearray() for output in outputs}
-    for receipt in receipts:
+    packed = {output: bytearray(count * PACKED.size) for output in outputs}  # at once: one that grows takes more
+    for at, receipt in zip(range(count), receipts, strict=True):
         text = _facts(receipt)
         facts.append(facts[-1] if facts and facts[-1] == text else text)
         for output, rows in packed.items():
             f = receipt["files"][output]
             key, sha256 = bytes.fromhex(receipt["key"]), bytes.fromhex(f["sha256"])
-            rows += PACKED.pack(key, sha256, f["bytes"], f["rows"], f["buckets"])
+            PACKED.pack_into(rows, at * PACKED.size, key, sha256, f["bytes"], f["rows"], f["buckets"])
     return {output: Committed(stage, output, rows, facts) for output, rows in packed.items()}
 
 

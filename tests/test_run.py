@@ -643,6 +643,19 @@ def test_a_manifest_that_names_a_part_twice_and_is_damaged_at_the_second_is_writ
     assert store.read(path) == whole
 
 
+@pytest.mark.parametrize("rows", [[1, 0], [0], [0, 1, 1]], ids=["other order", "too few", "too many"])
+def test_a_manifest_that_holds_other_parts_than_asked_for_is_written_again(tmp_path: Path, rows: list[int]) -> None:
+    store = Root(str(tmp_path / "store"))
+    units = [unit(tmp_path / "pool" / f"{i}.txt", [i]) for i in range(2)]
+    run_of(store, tmp_path).read(Lines(), units)
+    (path,) = store.list("manifests/lines")
+    whole = store.read(path)
+    store.write(path, to_parquet(pq.read_table(io.BytesIO(whole)).take(rows)))
+    numbers = run_of(store, tmp_path).read(Lines(), units)["numbers"]
+    assert [StoredRows(store, part).table().column("number").to_pylist() for part in numbers.parts] == [[0], [1]]
+    assert store.read(path) == whole
+
+
 def test_each_part_of_a_dataset_has_its_own_facts(tmp_path: Path) -> None:
     units = [
         unit(tmp_path / "pool" / f"{i}.txt", range(10 * i, 10 * i + count)) for i, count in enumerate([1, 2, 2, 1])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -31,10 +32,11 @@ from pipeline import exact
 from pipeline.arrow import fixed
 from pipeline.exact import Counts, Keys
 from pipeline.machine import Machine
+from pipeline.parts import PARTS as PARTS_FOLDER
 from pipeline.parts import Dataset, File, Part, given, to_parquet
 from pipeline.ray_executor import RayExecutor
-from pipeline.run import Run
-from pipeline.select.cut import Cut
+from pipeline.run import LOOSE, MANIFESTS, SEGMENTS, Run
+from pipeline.select.cut import Cut, Score
 from pipeline.state import Begin
 from pipeline.step import Step
 from pipeline.storage import Root
@@ -82,13 +84,20 @@ def stepped(scratch: Path, keep: int, name: str) -> Row:
     try:
         step = step_of(scratch, Run(Root(str(scratch / "store")), Root(str(scratch / "run")), executor, Machine()))
         for run in range(PAIRS + 1):
-            # A budget that has not been asked for before; the first also starts the workers.
+            # A budget that has not been asked for before, of scores that were not ranked; the first starts the workers.
+            forget(scratch / "store", Score.name)
             sides = partial(Cut("own", keep - run).apply, step), partial(alone, theirs, scratch, keep)
             took_s = {side: seconds(sides[side]) for side in ((0, 1) if run % 2 else (1, 0))}
             pairs.append((PARTS * PART_ROWS / took_s[0], PARTS * PART_ROWS / took_s[1]))
     finally:
         executor.close()
     return paired(f"the step of a run: {name}", "polars streaming quantile + filter", 1.0, "scores/s", pairs[1:])
+
+
+def forget(store: Path, stage: str) -> None:
+    """Have a stage made anew."""
+    for folder in (MANIFESTS, SEGMENTS, LOOSE, PARTS_FOLDER):
+        shutil.rmtree(store / folder / stage, ignore_errors=True)
 
 
 def step_of(scratch: Path, run: Run) -> Step:
