@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from pipeline import ray_executor
@@ -21,13 +22,13 @@ from pipeline.errors import RunError
 from pipeline.executor import Failure, Serial
 from pipeline.machine import Machine
 from pipeline.parts import given
-from pipeline.ray_executor import IN_FLIGHT, RayExecutor, _Call
+from pipeline.ray_executor import IN_FLIGHT, OBJECT_STORE_BYTES, RayExecutor, _Call
 from pipeline.run import PartWorker, Run
 from pipeline.storage import Root
 from tests.cluster import UNITS, Slow, numbers
 from tests.crash import Curation
 from tests.pools import datacomp_pool
-from tests.toy_workers import Square
+from tests.toy_workers import Environment, Process, Square
 from tests.trees import tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -121,6 +122,28 @@ def test_an_actor_that_does_not_start_is_given_up_for_another(
         holder.close()
     given_up = [r for r in caplog.records if r.getMessage().startswith("a worker has not started within 1 s")]
     assert 2 <= len(given_up) <= 20
+
+
+def test_work_for_gpus_goes_to_an_actor_for_each_and_the_others_see_none() -> None:
+    """GPUs as Ray counts them: none has to be there."""
+    ray.init(address="local", num_cpus=1, num_gpus=2, object_store_memory=OBJECT_STORE_BYTES, log_to_driver=False)
+    try:
+        executor, seen = RayExecutor(Machine(workers=1)), ["CUDA_VISIBLE_DEVICES"] * 2
+        first, second = dict(executor.each(Process(), [8.0, 0.0], gpu=True)).values()
+        assert first != second
+        assert sorted(dict(executor.each(Environment(), seen, gpu=True)).values()) == ["0", "1"]
+        (other,) = dict(executor.each(Process(), [0.0])).values()
+        assert other not in (first, second)
+        assert dict(executor.each(Environment(), seen)) == {0: "", 1: ""}
+        executor.close()
+        without = RayExecutor(Machine(workers=1, device="cpu"))
+        assert dict(without.each(Environment(), seen, gpu=True)) == {0: "", 1: ""}
+        few = RayExecutor(Machine(workers=1, gpus=1))
+        assert len(set(dict(few.each(Process(), [0.5, 0.5], gpu=True)).values())) == 1
+        few.close()
+        without.close()
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.goal("R15")
