@@ -45,8 +45,8 @@ KEPT = PerRow(9e-6, 100)
 ENTERED = {
     List: PerRow(4.5e-6, 1),
     Filter: PerRow(4.5e-6, 1),
-    Cut: PerRow(0.4e-6, 7),
-    Random: PerRow(1.6e-6, 9),
+    Cut: PerRow(0.2e-6, 6),
+    Random: PerRow(1.6e-6, 8),
     Dedup: PerRow(35e-6, 175),
     Density: PerRow(25e-6, 80),
 }

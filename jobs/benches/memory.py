@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.benches.measure import RUNS, Row, alone, paired, peak_rss_bytes, within
-from jobs.benches.scaling import write_vectors
 from pipeline.cluster import Clustering, Draw, Train
 from pipeline.curate import curate
 from pipeline.executor import Executor, Serial
@@ -207,3 +206,14 @@ def write_metadata(folder: Path, shards: int) -> None:
         pq.write_table(pa.table(table), folder / f"{shard:08d}.parquet")
         img, txt = random.normal(size=(2, ROWS, DIMS)).astype(np.float16)
         np.savez(folder / f"{shard:08d}.npz", img=img, txt=txt)
+
+
+def write_vectors(folder: Path, shards: int, rows: int, dims: int) -> None:
+    """Shards in DataComp's layout, with random vectors."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for shard in range(shards):
+        uids = [random.bytes(16).hex() for _ in range(rows)]
+        pq.write_table(pa.table({"uid": uids, "text": uids}), folder / f"{shard:08d}.parquet")
+        img = random.standard_normal((rows, dims), np.float32).astype(np.float16)
+        np.savez(folder / f"{shard:08d}.npz", img=img)

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.benches import copy
 from jobs.benches.measure import Row, paired, seconds
+from jobs.benches.memory import write_vectors
 from pipeline.curate import curate
 from pipeline.embed import embed
 from pipeline.encode import numerics, resolve
@@ -191,14 +190,3 @@ def write_images(folder: Path) -> None:
                 for suffix, data in members.items():
                     tar.write(member_header(f"{key}.{suffix}", len(data)) + data + padding(len(data)))
             tar.write(END)
-
-
-def write_vectors(folder: Path, shards: int, rows: int, dims: int) -> None:
-    """Shards in DataComp's layout, with random vectors."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for shard in range(shards):
-        uids = [random.bytes(16).hex() for _ in range(rows)]
-        pq.write_table(pa.table({"uid": uids, "text": uids}), folder / f"{shard:08d}.parquet")
-        img = random.standard_normal((rows, dims), np.float32).astype(np.float16)
-        np.savez(folder / f"{shard:08d}.npz", img=img)
