@@ -519,8 +519,8 @@ def alive_after(listed: int, outcomes: Sequence[Outcome]) -> list[int]:
         facts = list(state.facts())
         entered, left = sum(f["entered"] for f in facts), sum(f["alive"] for f in facts)
         dropped = sum(sum(f["dropped"].values()) for f in facts)
-        due = alive[-1] if alive else listed - why  # what reading drops never enters the first step
-        if state.num_rows != listed or entered != left + dropped or entered != due or (alive and dropped != why):
+        due = alive[-1] if alive else listed
+        if state.num_rows != listed or entered != left + dropped or entered != due or dropped != why:
             found = f"{state.num_rows} of {listed} rows; {entered} entered, {left} left, {dropped} dropped, {why} told"
             raise SchemaError(f"{state.stage}: {found}")
         alive.append(left)

@@ -318,7 +318,7 @@ def to_parquet(table: pa.Table, bloom: Sequence[str] = (), internal: bool = Fals
     """
     wide = {f.name for f in table.schema if pa.types.is_fixed_size_binary(f.type) and f.type.byte_width > 32}
     leaves = _leaves(table.schema)
-    split = {leaf: "BYTE_STREAM_SPLIT" for leaf, kind in leaves.items() if kind in SPLIT} if internal else None
+    split = {leaf: "BYTE_STREAM_SPLIT" for leaf, kind in leaves.items() if internal and kind in SPLIT}
     out = io.BytesIO()
     pq.write_table(
         table,

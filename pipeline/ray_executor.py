@@ -42,8 +42,9 @@ LOST_ATTEMPTS = 10
 LATE_ATTEMPTS = 2
 """Times that a task may exceed unit_deadline_s."""
 
-START_S = 120.0
-"""Until an actor that has not started is given up for another: where a message of its start was lost, it never will."""
+START_S = 600.0
+"""Until an actor that has not started is given up for another: where a message of its start was lost, it never will.
+Hundreds that import from one slow disk take minutes."""
 
 WAIT_S = 1.0
 """Longest sleep of the driver: how exact a deadline is."""

@@ -526,7 +526,7 @@ class Run:
                 for receipt in receipts:
                     found.add(receipt)
         return [
-            datasets or self._finish(stage, mine, found, names)
+            self._finish(stage, mine, found, names) if datasets is None else datasets
             for stage, mine, datasets in zip(stages, keys, finished, strict=True)
         ]
 

@@ -59,7 +59,7 @@ def drop(
 
     Args:
         before: schema.STATE, N rows.
-        number: the step's position in the recipe, from 1.
+        number: the step's position in the recipe, from 1; PROBLEM for reading.
         drop_N: bool (N,): rows that it drops; M of them.
         lengths: rows of each unit of the group.
         reason: one for all, or string or dictionary (M,).
@@ -82,11 +82,12 @@ def drop(
     dropped = dropped_table(int(drop_N.sum()), reason, value, threshold, duplicate_of)
     left_N = alive_N & ~drop_N
     counts = dropped.column("reason").value_counts().to_pylist()
+    units = pairwise(np.cumsum([0, *lengths]))
     facts = {
         "entered": int(alive_N.sum()),
         "alive": int(left_N.sum()),
         "dropped": dict(sorted((c["values"], c["counts"]) for c in counts)),
-        "alive_by_unit": by_unit(left_N, lengths),
+        "alive_by_unit": [int(left_N[a:b].sum()) for a, b in units],
     }
     after = pa.table([np.where(drop_N, np.uint8(number), by_N)], schema=STATE)
     return Made({"state": after, "dropped": dropped}, facts)
@@ -122,11 +123,6 @@ def dropped_table(
         found = ", ".join(f"{len(c)} of {c.type}" for c in columns)
         raise SchemaError(f"{rows} rows are dropped, and told of: {found}")
     return pa.table(columns, schema=DROPPED)
-
-
-def by_unit(mask_N: np.ndarray, lengths: Sequence[int]) -> list[int]:
-    """True rows of each unit of a group."""
-    return [int(mask_N[a:b].sum()) for a, b in pairwise(np.cumsum([0, *lengths]))]
 
 
 def reasons(by_N: np.ndarray, dropped: Sequence[pa.Table]) -> pa.Table:
@@ -172,8 +168,5 @@ class Begin:
         for rows in scores:
             problem = pc.coalesce(problem, rows.table(["problem"]).column("problem"))
         bad_N = valid(problem)
-        state = pa.table([np.where(bad_N, np.uint8(PROBLEM), np.uint8(ALIVE))], schema=STATE)
-        dropped = dropped_table(int(bad_N.sum()), problem.drop_null().combine_chunks())
-        entered = len(bad_N) - len(dropped)
-        facts = {"entered": entered, "alive": entered, "dropped": {}, "alive_by_unit": by_unit(~bad_N, samples.lengths)}
-        return Made({"state": state, "dropped": dropped}, facts)
+        everyone = pa.table([np.full(len(bad_N), ALIVE, np.uint8)], schema=STATE)
+        return drop(everyone, PROBLEM, bad_N, samples.lengths, problem.drop_null().combine_chunks())

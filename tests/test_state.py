@@ -103,4 +103,9 @@ def test_problems_of_reading_come_before_those_of_the_models_in_order():
     state, dropped = (run.rows(made[name].parts[0]).table() for name in ("state", "dropped"))
     assert state.column("dropped_by").to_pylist() == [PROBLEM, PROBLEM, PROBLEM, ALIVE]
     assert dropped.column("reason").to_pylist() == ["missing_caption", "bad_vector", "bad_vector"]
-    assert next(made["state"].facts()) == {"entered": 1, "alive": 1, "dropped": {}, "alive_by_unit": [1]}
+    assert next(made["state"].facts()) == {
+        "entered": 4,
+        "alive": 1,
+        "dropped": {"bad_vector": 2, "missing_caption": 1},
+        "alive_by_unit": [1],
+    }
