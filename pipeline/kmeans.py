@@ -25,6 +25,7 @@ LEAST_PER_CLUSTER = 8  # rows that these have for each cluster at least, where t
 SPLIT = 2.0**-10
 BLOCK_ROWS, LEAST_ROWS = 4096, 256
 GEMM_CELLS = 2**22  # products held at a time, 8 or 16 MiB, where that leaves LEAST_ROWS
+SUM_ROWS = 1024  # 4 MiB of float64 at 512 dims
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
 
 
@@ -112,10 +113,10 @@ def _step(
     before_N = cluster_N.copy()
     cluster_N[:] = clusters_of(vec_ND, centroid_KD, bf16=bf16)
     moved = np.flatnonzero(cluster_N != before_N)
-    sum_KD, size_K = _sums(vec_ND, moved, cluster_N[moved], k)
+    sum_KD, size_K = _sums(vec_ND, moved, cluster_N[moved], k, bf16)
     left = moved[before_N[moved] >= 0]
     if len(left):
-        left_KD, left_K = _sums(vec_ND, left, before_N[left], k)
+        left_KD, left_K = _sums(vec_ND, left, before_N[left], k, bf16)
         sum_KD -= left_KD
         size_K -= left_K
     return sum_KD, size_K
@@ -290,18 +291,30 @@ def partial_sums(vec_ND: Float16s, cluster_N: NDArray[np.int32], k: int) -> tupl
 
 
 def _sums(
-    vec_ND: Float16s, row_R: NDArray[np.int64], cluster_R: NDArray[np.int32], k: int
+    vec_ND: Float16s, row_R: NDArray[np.int64], cluster_R: NDArray[np.int32], k: int, by_torch: bool = False
 ) -> tuple[Float64s, NDArray[np.int64]]:
-    """`partial_sums` of some of the rows."""
+    """`partial_sums` of some of the rows.
+
+    Args:
+        by_torch: which is loaded: it adds without Python, for whose lock threads would wait longer than they add.
+    """
     sum_KD = np.zeros((k, vec_ND.shape[1]))
-    order_R = np.argsort(cluster_R, kind="stable")
-    for start in range(0, len(row_R), vectors.DOT_ROWS):
-        order_B = order_R[start : start + vectors.DOT_ROWS]
-        cluster_B = cluster_R[order_B]
-        wide_BD = vectors.widened(vec_ND[row_R[order_B]]).astype(np.float64)
-        begins = np.flatnonzero(np.diff(cluster_B, prepend=-1)).tolist()
-        for begin, end in pairwise([*begins, len(order_B)]):  # np.add.reduceat takes twice the time
-            sum_KD[cluster_B[begin]] += np.ones(end - begin) @ wide_BD[begin:end]
+    blocks = (slice(start, start + SUM_ROWS) for start in range(0, len(row_R), SUM_ROWS))
+    if by_torch:
+        import torch
+
+        for block in blocks:
+            vec_BD = torch.from_numpy(vec_ND[row_R[block]]).double()
+            torch.from_numpy(sum_KD).index_add_(0, torch.from_numpy(cluster_R[block]), vec_BD)
+    else:
+        order_R = np.argsort(cluster_R, kind="stable")
+        for block in blocks:
+            order_B = order_R[block]
+            cluster_B = cluster_R[order_B]
+            wide_BD = vectors.widened(vec_ND[row_R[order_B]]).astype(np.float64)
+            begins = np.flatnonzero(np.diff(cluster_B, prepend=-1)).tolist()
+            for begin, end in pairwise([*begins, len(order_B)]):  # np.add.reduceat takes twice the time
+                sum_KD[cluster_B[begin]] += np.ones(end - begin) @ wide_BD[begin:end]
     return sum_KD, np.bincount(cluster_R, minlength=k)
 
 

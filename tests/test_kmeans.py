@@ -130,7 +130,7 @@ def test_partial_sums_and_recentre_worked_by_hand():
 @pytest.mark.goal("R11")
 def test_partial_sums_of_any_partition_in_any_order_add_up_to_the_same_bits(record_property):
     rng = np.random.default_rng(3)
-    vec_ND = unit_rows(3, 2 * vectors.DOT_ROWS + 7, 12)
+    vec_ND = unit_rows(3, 2 * kmeans.SUM_ROWS + 7, 12)
     cluster_N = rng.integers(0, 9, len(vec_ND)).astype(np.int32)
     sum_KD, size_K = kmeans.partial_sums(vec_ND, cluster_N, 9)
     assert sum_KD.tolist() == [vec_ND[cluster_N == c].astype(np.float64).sum(axis=0).tolist() for c in range(9)]
@@ -193,11 +193,12 @@ def test_a_sample_that_bfloat16_pays_for_is_trained_to_the_same_bits_by_any_numb
     assert found[0][0].tobytes() == found[1][0].tobytes() and found[0][1].tolist() == found[1][1].tolist()
 
 
-def test_rows_that_moved_are_counted_where_they_are_and_no_longer_where_they_were():
-    vec_ND = unit_rows(2, 60, 8)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_rows_that_moved_are_counted_where_they_are_and_no_longer_where_they_were(bf16):
+    vec_ND = unit_rows(2, 2 * kmeans.SUM_ROWS + 60, 8)
     first_KD, second_KD = (kmeans.on_grid(vec_ND[some]) for some in (slice(0, 5), slice(5, 10)))
-    cluster_N = np.full(60, -1, np.int32)
-    sums = [kmeans._step(vec_ND, cluster_N, centroid_KD, bf16=False) for centroid_KD in (first_KD, second_KD)]
+    cluster_N = np.full(len(vec_ND), -1, np.int32)
+    sums = [kmeans._step(vec_ND, cluster_N, centroid_KD, bf16) for centroid_KD in (first_KD, second_KD)]
     assert np.array_equal(cluster_N, kmeans.clusters_of(vec_ND, second_KD))
     expected_KD, expected_K = kmeans.partial_sums(vec_ND, cluster_N, 5)
     assert np.array_equal(sums[0][0] + sums[1][0], expected_KD) and np.array_equal(sums[0][1] + sums[1][1], expected_K)
