@@ -182,6 +182,18 @@ class Draw:
         return Made({"drawn": pa.table({"vector": pa.chunked_array(drawn)})})
 
 
+def sampled(drawn: Rows) -> np.ndarray:
+    """float16 (M, D) of `Draw`, which are most of what a worker holds that trains on them: never twice."""
+    sample_MD, first = np.empty((0, 0), np.float16), 0
+    for piece in drawn.pieces():
+        vec_PD = unfixed(piece.column("vector"), np.float16)
+        if not first:
+            sample_MD = np.empty((sum(drawn.lengths), vec_PD.shape[1]), np.float16)
+        sample_MD[first : first + len(vec_PD)] = vec_PD
+        first += len(vec_PD)
+    return sample_MD
+
+
 @dataclass(frozen=True)
 class Train:
     """Centroids of the sample."""
@@ -197,7 +209,7 @@ class Train:
 
     def build(self, machine: Machine) -> Function:
         def train(drawn: Rows) -> Made:
-            sample_MD = np.concatenate([unfixed(p.column("vector"), np.float16) for p in drawn.pieces()])
+            sample_MD = sampled(drawn)
             gpu = machine.device != "cpu"
             centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads, gpu)
             return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})

@@ -254,6 +254,16 @@ class Dataset:
 
         return self._derived(len(ranges), join)
 
+    def sliced(self, ranges: Sequence[tuple[int, range]]) -> Dataset:
+        """A part for each part and range of its files: those files."""
+
+        def cut(at: int) -> Part:
+            number, files = ranges[at]
+            part = self.parts[number]
+            return Part(part.name, part.files[files.start : files.stop])
+
+        return self._derived(len(ranges), cut)
+
     def spread(self, parts: int) -> Dataset:
         """The one part of this dataset, read by each of so many tasks."""
         (part,) = self.parts

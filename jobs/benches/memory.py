@@ -34,7 +34,7 @@ from pipeline.read import Read
 from pipeline.recipe import recipe_of
 from pipeline.run import Run
 from pipeline.schema import GROUP_UNITS
-from pipeline.select.dedup import CLUSTER_ROWS, TASKS, Buckets, Dedup, Scatter
+from pipeline.select.dedup import CLUSTER_ROWS, TASKS, Dedup
 from pipeline.state import Begin
 from pipeline.step import Step
 from pipeline.storage import Root
@@ -100,12 +100,8 @@ def stages(scratch: Path) -> Iterator[Row]:
 def scatter(scratch: Path, executor: Executor, number: int) -> None:
     """Send the survivors of a group to the buckets of their clusters, which are larger for each number."""
     step = vectors_step(scratch, executor, GROUP_UNITS)
-    evidence, side = step.space("own")
     found = Clustering(step.survivors // CLUSTER_ROWS, 1, 1, 0).fit(step, "own")
-    rows = step.survivors // TASKS * (1 + number)
-    buckets = step.run.map(Buckets(found.k, rows), found.sizes.grouped(1))["buckets"]
-    count = next(buckets.facts())["buckets"]
-    step.run.map(Scatter(side, count), evidence, step.samples, found.assigned, step.places, buckets)
+    Dedup("own", 0.05).scatter(step, found, step.survivors // TASKS * (1 + number))
 
 
 def train(scratch: Path, executor: Executor, number: int) -> int:

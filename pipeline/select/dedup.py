@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from pipeline.arrow import fixed, hexes, unfixed
 from pipeline.cluster import ASSIGNED, MOST_PER_CLUSTER, Clustering, Clusters, health, nobody, sums_of
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
-from pipeline.parts import Dataset
+from pipeline.parts import Dataset, given
 from pipeline.products import Operand, candidates, dots, operand, pays, told_apart
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
@@ -45,6 +46,9 @@ BUCKET_ROWS = 1 << 20
 
 TASKS = 64
 """That compare, at least, where each has a cluster: what workers share."""
+
+SCATTER_UNITS = 64
+"""Whose survivors one task sends to their clusters: 0.7 GB of vectors where each has 10,000 of 512 dims."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
 BLOCK_ROWS = 384
@@ -307,15 +311,28 @@ class Dedup:
             found: their clusters.
             bucket_rows: that one task compares; never changes the result.
         """
-        evidence, side = step.space(self.space)
         groups = len(step.state)
-        buckets = step.run.map(Buckets(found.k, bucket_rows), found.sizes.grouped(groups))["buckets"]
-        count = next(buckets.facts())["buckets"]
-        scatter = Scatter(side, count)
-        rows = (evidence, step.samples, found.assigned, step.places, buckets.spread(groups))
-        scattered = step.run.map(scatter, *rows)["rows"].shuffled(count)
+        scattered = self.scatter(step, found, bucket_rows)
         within = Within(self.keep, step.seed, step.name, groups, self._min_cos if self.rule == "greedy" else None)
         return step.run.map(within, scattered)["compared"].shuffled(groups)
+
+    def scatter(self, step: Step, found: Clusters, bucket_rows: int) -> Dataset:
+        """The survivors by the bucket of their cluster: one part for each bucket."""
+        evidence, side = step.space(self.space)
+        buckets = step.run.map(Buckets(found.k, bucket_rows), found.sizes.grouped(len(step.state)))["buckets"]
+        count = next(buckets.facts())["buckets"]
+        slices, places = [], []
+        for group, part in enumerate(evidence.parts):
+            first_unit = json.loads(step.places.parts[group].given)["first_unit"]
+            ends = list(accumulate((file.rows for file in part.files), initial=0))
+            for first in range(0, len(part.files), SCATTER_UNITS):
+                units = range(first, min(first + SCATTER_UNITS, len(part.files)))
+                slices.append((group, units))
+                places.append({"group": group, "first_unit": first_unit + first, "first_row": ends[first]})
+        of_group = [range(group, group + 1) for group, _ in slices]
+        rows = (evidence.sliced(slices), step.samples.sliced(slices), found.assigned.joined(of_group))
+        inputs = (*rows, given(places), buckets.spread(len(slices)))
+        return step.run.map(Scatter(side, count), *inputs)["rows"].shuffled(count)
 
     @property
     def _min_cos(self) -> float:
@@ -344,13 +361,13 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A group's survivors with their vectors, sent to the bucket of their cluster."""
+    """The survivors of some of a group's units with their vectors, sent to the bucket of their cluster."""
 
     side: str
     count: int
 
     name: ClassVar[str] = "dedup_scatter"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     outputs: ClassVar[tuple[str, ...]] = ("rows",)
     exact: ClassVar[bool] = True
 
@@ -358,8 +375,11 @@ class Scatter:
         return self.scatter
 
     def scatter(self, evidence: Rows, samples: Rows, assigned: Rows, place: Rows, buckets: Rows) -> Made:
+        first_row, rows = place.given["first_row"], sum(evidence.lengths)
         table = assigned.table()
-        at_M = table.column("at").to_numpy()
+        first, last = np.searchsorted(table.column("at").to_numpy(), [first_row, first_row + rows]).tolist()
+        table = table.slice(first, last - first)
+        at_M = table.column("at").to_numpy().astype(np.int64) - first_row
         bucket_K = buckets.table().column("bucket").to_numpy()
         unit_M, row_M = places_in(samples, place, at_M)
         vectors, first = np.empty((len(at_M), 0), np.uint8), 0
@@ -376,7 +396,7 @@ class Scatter:
             "at": table.column("at"),
             "cluster": table.column("cluster"),
             "distance": table.column("distance"),
-            "uid": samples.table(["uid"]).column("uid").combine_chunks().take(table.column("at")),
+            "uid": samples.table(["uid"]).column("uid").combine_chunks().take(pa.array(at_M)),
             "unit": pa.array(unit_M),
             "row": pa.array(row_M),
             "vector": fixed(vectors),

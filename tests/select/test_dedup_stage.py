@@ -143,6 +143,17 @@ def test_buckets_change_nothing_even_where_a_cluster_is_larger(bucket_rows, rule
     assert answers[bucket_rows] == answers[10**6]
 
 
+@pytest.mark.parametrize("units", [1, 2, 3, 64])
+def test_a_group_goes_to_its_clusters_in_slices_of_any_number_of_units(units, monkeypatch):
+    monkeypatch.setattr("pipeline.select.dedup.SCATTER_UNITS", units)
+    vec_ND = planted(90, seed=6)
+    dedup = Dedup("clip", 0.02, clusters=3, iterations=5)
+    uids = [7] * 90  # copies are in the order of units and rows
+    step = step_of(vec_ND, (20, 20, 35, 60, 61), group_units=4, uids=uids, problem=(0, 19, 34, 35, 70))
+    outcome = dedup.apply(step)
+    check(dedup, step, outcome, vec_ND, uids, [n for n in range(90) if n not in (0, 19, 34, 35, 70)])
+
+
 def test_the_same_answers_serve_every_epsilon():
     step = step_of(planted(50, seed=5), (20,))
     Dedup("clip", 0.02, clusters=2, iterations=3).apply(step)
