@@ -163,7 +163,7 @@ def _cut(
 ) -> Made:
     before = state.table()
     drop_N = alive(before) & ~keep_N
-    score = scores_of(scored.filter(pa.array(drop_N)))
+    score = scores_of(scored.take(pa.array(np.flatnonzero(drop_N))))  # a third of the time of `filter`
     why = pa.array(np.where(valid(score), np.int32(0), np.int32(1)))
     reason = pa.DictionaryArray.from_arrays(why, ["low_score", "no_score"])
     return drop(before, number, drop_N, samples.lengths, reason, score, threshold)
