@@ -64,24 +64,24 @@ def train(
     first_SD = sample_MD[:: 1 if gpu else _most(len(sample_MD), k)]
     centroid_KD = _by_faiss(first_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
     last = 1 if gpu else -(-iterations // LAST)
-    steps = [(sample_MD[:: stride(len(sample_MD), k)], 0 if gpu else iterations - last), (sample_MD, last)]
+    phases = [(stride(len(sample_MD), k), 0 if gpu else iterations - last), (1, last)]
     bf16 = pays(sample_MD.size * k)
+    cluster_M = np.full(len(sample_MD), -1, np.int32)
+    sum_KD, size_K = np.zeros(centroid_KD.shape), np.zeros(k, np.int64)
     distance_I = []
     with each_alone(threads, bf16) as pool:
-        for rows_SD, count in steps:
-            parts = np.array_split(rows_SD, threads if bf16 else 1)
-            clusters = [np.full(len(part), -1, np.int32) for part in parts]
-            sum_KD, size_K = np.zeros(centroid_KD.shape), np.zeros(k, np.int64)
+        for phase, (every, count) in enumerate(phases):
+            parts, clusters = (np.array_split(of_M[::every], threads if bf16 else 1) for of_M in (sample_MD, cluster_M))
             for step in range(count):
                 for more_KD, more_K in pool.map(partial(_step, centroid_KD=centroid_KD, bf16=bf16), parts, clusters):
                     sum_KD += more_KD
                     size_K += more_K
-                if rows_SD is sample_MD:
+                if phase:
                     # Whole numbers add up to the same in any order.
                     cos = int(np.rint(sum_KD * centroid_KD * 2.0**32).astype(np.int64).sum()) / 2.0**32
                     distance_I.append(1 - cos / len(sample_MD))
                 centroid_KD = recentre(sum_KD, size_K, centroid_KD)
-                if rows_SD is not sample_MD or step < count - 1:
+                if not phase or step < count - 1:
                     centroid_KD = split(centroid_KD, size_K)
     return centroid_KD, np.array(distance_I)
 
