@@ -42,10 +42,12 @@ def status(
             print(f"failed: {stage.stage}: {unit}: {cause}")
     if found.times:
         seconds = sum(stage["seconds"] for stage in found.times["stages"])
-        print(f"last finished run: {len(found.times['stages'])} stages computed in {seconds:,.1f} s")
+        so_far = "" if found.finished else "so far: "
+        print(f"{so_far}{len(found.times['stages'])} stages computed in {seconds:,.1f} s, over all starts")
         core_hours, gpu_hours = held_hours(found.times["stages"])
-        stored, written = sum(found.times["stored_bytes"].values()), found.times["written_bytes"]
         print(f"its workers held {core_hours:.3g} core-hours and {gpu_hours:.3g} GPU-hours")
+    if found.times and found.finished:
+        stored, written = sum(found.times["stored_bytes"].values()), found.times["written_bytes"]
         print(f"it keeps {size(stored)} in its store and {size(written)} beside it")
     for holder in found.holders:
         print(f"running: {holder}")

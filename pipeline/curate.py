@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from importlib import metadata
 from itertools import accumulate
 from pathlib import PurePosixPath
@@ -34,6 +34,7 @@ from pipeline.stage import Stage, Unit
 from pipeline.state import Begin
 from pipeline.step import Outcome, Step
 from pipeline.storage import UnitFiles
+from pipeline.times import Times
 from pipeline.write import Span, WriteParquet, WriteTar, spans, write_subset
 
 Exported = dict[str, dict[str, Any]]
@@ -109,6 +110,9 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     before = unfinished(run)
     units = list_units(recipe.pool, run.machine.storage_options)
     recipe = pinned(run, recipe, units)
+    pool_bytes = sum(source.bytes for unit in units for source in unit.sources.values())
+    times = Times.of(run.directory, digest(work_of(recipe, units)), len(units), pool_bytes)
+    run.keep_times = partial(times.write, run)
     stages = networks(run, recipe, units)
     read = run.read(Read(recipe.pool.format), units, after=stages)
     pool = Pooled(units, read["samples"], read["columns"], read["problems"], group_units)
@@ -158,7 +162,7 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     written = begin(run, recipe, units, found)
     written |= record(run, recipe, pool, scores, steps, [begun, *outcomes])
     written |= write(run, recipe, pool, state, {name: outputs["scores"] for name, outputs in seen.items()}, outcomes)
-    return finish(run, recipe, pool, begun, steps, outcomes, written, before)
+    return finish(run, recipe, pool, begun, steps, outcomes, written, before, times)
 
 
 def unfinished(run: Run) -> bytes:
@@ -271,6 +275,11 @@ def leading(recipe: Recipe) -> tuple[Filter | List, ...]:
     return tuple(rules)
 
 
+def work_of(recipe: Recipe, units: Sequence[Unit]) -> list[Any]:
+    """What is to be done, wherever the pool lies."""
+    return [resolved(replace(recipe, pool=replace(recipe.pool, path=""))), [u.shard for u in units]]
+
+
 def begin(run: Run, recipe: Recipe, units: Sequence[Unit], found: Sequence[Dataset]) -> Exported:
     """Write recipe.yaml, and make sure that every other file of the directory belongs to this very run.
 
@@ -278,8 +287,7 @@ def begin(run: Run, recipe: Recipe, units: Sequence[Unit], found: Sequence[Datas
     length. So what a run of another recipe, or of other evidence, left in the directory is removed first; the first
     line of recipe.yaml tells them apart, wherever the pool lies.
     """
-    anywhere = resolved(replace(recipe, pool=replace(recipe.pool, path="")))
-    mark = digest([anywhere, [u.shard for u in units], [list(d.ids()) for d in found]])
+    mark = digest([*work_of(recipe, units), [list(d.ids()) for d in found]])
     line = f"# {mark}\n".encode()
     if run.directory.bytes("recipe.yaml") is None or not run.directory.read("recipe.yaml").startswith(line):
         forget_others(run, {})
@@ -438,6 +446,7 @@ def finish(
     outcomes: Sequence[Outcome],
     written: Exported,
     before: bytes,
+    times: Times,
 ) -> Curated:
     """The run's record: recipe.yaml, run.json, times.json, the report, and last of all the checksums.
 
@@ -470,37 +479,11 @@ def finish(
     lines = before.splitlines(keepends=True)
     same = b"".join(line for line in lines if b"  report/" not in line) == checksums(digests_of(written))
     if run.times or not same or run.directory.bytes("report/index.html") is None:
-        times = {
-            "host": platform.node(),
-            "python": platform.python_version(),
-            "stages": run.times,
-            "found": found_shards(run, len(pool.units)),
-            "pool_bytes": sum(source.bytes for unit in pool.units for source in unit.sources.values()),
-            "stored_bytes": {stage: sum(sizes.values()) for stage, sizes in run.stored_bytes.items()},
-            "written_bytes": sum(file["bytes"] for file in written.values()),
-        }
-        run.directory.write("times.json", json.dumps(times, indent=1).encode() + b"\n")
+        times.write(run, sum(file["bytes"] for file in written.values()))
         written |= write_report(run.directory, run.store, run.machine)
         before = checksums(digests_of(written))
     run.directory.write("checksums.sha256", before)
     return curated
-
-
-EVIDENCE = ("read", "embed", "precomputed")
-"""Stages with a part for each shard, which take nearly all the time of a run."""
-
-
-def found_shards(run: Run, shards: int) -> dict[str, int]:
-    """Stage of EVIDENCE -> shards that the store had already: what they took, an earlier start or another run knows.
-
-    Arrays of several models count a shard for each. A shard that lacks one of several networks was not found.
-    """
-    asked = Counter(stage for stage, _ in run.datasets if stage in EVIDENCE)
-    made = Counter[str]()
-    for entry in run.times:
-        made[entry["stage"].partition(" ")[0]] += entry["parts"]
-    found = {stage: shards * (1 if stage == "embed" else many) - made[stage] for stage, many in asked.items()}
-    return {stage: many for stage, many in found.items() if many}
 
 
 def digests_of(written: Exported) -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
-from pipeline.products import candidates, each_alone, operand, pays
+from pipeline.products import add_rows, candidates, each_alone, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
@@ -296,16 +296,13 @@ def _sums(
     """`partial_sums` of some of the rows.
 
     Args:
-        by_torch: which is loaded: it adds without Python, for whose lock threads would wait longer than they add.
+        by_torch: as `products.add_rows`, in which threads do not wait for each other.
     """
     sum_KD = np.zeros((k, vec_ND.shape[1]))
     blocks = (slice(start, start + SUM_ROWS) for start in range(0, len(row_R), SUM_ROWS))
     if by_torch:
-        import torch
-
         for block in blocks:
-            vec_BD = torch.from_numpy(vec_ND[row_R[block]]).double()
-            torch.from_numpy(sum_KD).index_add_(0, torch.from_numpy(cluster_R[block]), vec_BD)
+            add_rows(sum_KD, cluster_R[block], vec_ND[row_R[block]])
     else:
         order_R = np.argsort(cluster_R, kind="stable")
         for block in blocks:

@@ -117,6 +117,19 @@ def _lost(vec: torch.Tensor, low: torch.Tensor) -> Float32s:
     return lost_N
 
 
+def add_rows(sum_KD: Float64s, cluster_B: NDArray[np.int32], vec_BD: Float16s) -> None:
+    """Add each row to the sum of its cluster, in place, by torch: a few calls, where numpy takes some for each cluster.
+
+    Args:
+        sum_KD: float64, shape (K, D).
+        cluster_B: int32, shape (B,), in [0, K).
+        vec_BD: float16, shape (B, D), stored rows.
+    """
+    import torch
+
+    torch.from_numpy(sum_KD).index_add_(0, torch.from_numpy(cluster_B), torch.from_numpy(vec_BD).double())
+
+
 def dots(rows: Operand, columns: Operand, row_P: NDArray[np.int64], column_P: NDArray[np.int64]) -> Float64s:
     """Exact float64 dot of each pair of a row and a column: float64, shape (P,)."""
     return _pair_dots(rows, columns, row_P, column_P, np.float64)

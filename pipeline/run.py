@@ -61,6 +61,9 @@ T = TypeVar("T")
 
 SEGMENT_PARTS = 4096
 
+TIMES_S = 30.0
+"""Seconds after which what a stage took so far is kept."""
+
 MANIFESTS, SEGMENTS, LOOSE = "manifests", "segments", "receipts"
 """Folders of a store, each with a folder for each stage; as parts.PARTS."""
 
@@ -438,8 +441,9 @@ class Run:
         executor: does the tasks.
         machine: how fast.
         progress: told about each stage.
-        times: one entry for each stage that had something to do: name, parts made, rows, seconds; of its workers: how
-            many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase.
+        times: one entry for each stage that had something to do, so far: name, parts made, rows, seconds; of its
+            workers: how many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase.
+        keep_times: keeps `times` for a start after this one; called at the end of a stage and every TIMES_S.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
         numerics_class: of the embeddings, once they were asked for.
         segment_parts: loose receipts of one stage that are compacted into one object.
@@ -451,6 +455,7 @@ class Run:
     machine: Machine
     progress: Progress = field(default_factory=Quiet)
     times: list[dict[str, Any]] = field(default_factory=list)
+    keep_times: Callable[[], None] = lambda: None
     datasets: list[tuple[str, str]] = field(default_factory=list)
     numerics_class: dict[str, str] = field(default_factory=dict)
     segment_parts: int = SEGMENT_PARTS
@@ -681,7 +686,17 @@ class Run:
         """Have tasks done; each result as it comes; at the end one error that names all that failed."""
         log.info("%s: %d done, %d to do", title, done, total - done)
         self.progress.start(title, done, total)
-        started, parts, rows, spent = time.monotonic(), 0, 0, Spent()
+        started = kept = time.monotonic()
+        parts, rows, spent = 0, 0, Spent()
+        times: dict[str, Any] = {}
+        self.times.append(times)
+
+        def told() -> float:
+            seconds = time.monotonic() - started
+            times.update({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
+            times.update(self._held(spent, gpu))
+            return seconds
+
         names: list[str] = []
         loose: dict[str, dict[str, bytes]] = {}
 
@@ -708,12 +723,15 @@ class Run:
                     loose.setdefault(stage, {})[receipt["key"]] = sealed(receipt)
                     if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
+                if time.monotonic() - kept >= TIMES_S:
+                    told()
+                    self.keep_times()
+                    kept = time.monotonic()
                 yield position, result.receipts
         finally:
             self.progress.stop()
-        seconds = time.monotonic() - started
-        self.times.append({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
-        self.times[-1] |= self._held(spent, gpu)
+            seconds = told()
+        self.keep_times()
         log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
         if failed:
             record = [{"name": name, "cause": failure.cause} for name, failure in failed]

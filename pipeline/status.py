@@ -1,6 +1,6 @@
 """How far a run is, as its store tells it: in from any process at any time, also while the run is going on.
 
-In: the roots of a run directory and its store. Out: counts for each stage, failures by name, the times of the last run.
+In: the roots of a run directory and its store. Out: counts for each stage, failures by name, what it took so far.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Status:
         finished: whether the run directory is whole.
         holders: processes that write it now (lease.holders).
         stages: in the order of their names.
-        times: times.json of the last run that finished; None without one.
+        times: times.json, of all starts so far; None where no stage was done.
     """
 
     finished: bool

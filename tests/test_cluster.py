@@ -131,7 +131,7 @@ def test_work_for_gpus_goes_to_an_actor_for_each_and_the_others_see_none() -> No
         executor, seen = RayExecutor(Machine(workers=1)), ["CUDA_VISIBLE_DEVICES"] * 2
         first, second = dict(executor.each(Process(), [8.0, 0.0], gpu=True)).values()
         assert first != second
-        assert sorted(dict(executor.each(Environment(), seen, gpu=True)).values()) == ["0", "1"]
+        assert sorted(dict(executor.each(Environment(8.0), seen, gpu=True)).values()) == ["0", "1"]
         (other,) = dict(executor.each(Process(), [0.0])).values()
         assert other not in (first, second)
         assert dict(executor.each(Environment(), seen)) == {0: "", 1: ""}

@@ -42,10 +42,16 @@ class Broken:
 
 @dataclass(frozen=True)
 class Environment:
-    """Tells the value of a variable as the worker's process sees it."""
+    """Tells the value of a variable as the worker's process sees it, after a while."""
+
+    wait_s: float = 0.0
 
     def open(self) -> Callable[[Any], Any]:
-        return os.environ.get
+        return self.tell
+
+    def tell(self, name: str) -> str | None:
+        time.sleep(self.wait_s)
+        return os.environ.get(name)
 
 
 @dataclass(frozen=True)
