@@ -9,11 +9,13 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from operator import eq
-from typing import Any, TypeVar, cast, overload
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeVar, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -254,16 +256,6 @@ class Dataset:
 
         return self._derived(len(ranges), join)
 
-    def sliced(self, ranges: Sequence[tuple[int, range]]) -> Dataset:
-        """A part for each part and range of its files: those files."""
-
-        def cut(at: int) -> Part:
-            number, files = ranges[at]
-            part = self.parts[number]
-            return Part(part.name, part.files[files.start : files.stop])
-
-        return self._derived(len(ranges), cut)
-
     def spread(self, parts: int) -> Dataset:
         """The one part of this dataset, read by each of so many tasks."""
         (part,) = self.parts
@@ -356,29 +348,63 @@ def _leaves(schema: pa.Schema) -> dict[str, str]:
     return {c.path: c.physical_type for c in columns}
 
 
-def to_shuffle(table: pa.Table, buckets: int, out: Sink) -> None:
+def to_shuffle(tables: pa.Table | Iterable[pa.Table], buckets: int, out: Sink, scratch: str | None = None) -> int:
     """Write one blob of Arrow rows for each destination, then an index of where each lies and what it hashes to.
 
-    Memory is that of the table and the largest blob.
+    Memory is that of a table, twice, and of the largest blob: several tables wait in a file, sorted each.
 
     Args:
-        table: rows with an int32 column `to` in [0, buckets); it is not stored.
+        tables: rows with an int32 column `to` in [0, buckets), which is not stored; as one, or one after the other.
         buckets: how many destinations there are.
         out: the file.
+        scratch: folder of the file in which tables wait; None: the system's.
+
+    Returns:
+        Rows of all tables.
     """
+    index = np.zeros(buckets, INDEX)
+    rows = written = 0
+
+    def blobs() -> Iterator[tuple[int, bytes]]:
+        nonlocal rows
+        if isinstance(tables, pa.Table):
+            rows = tables.num_rows
+            yield from _blobs(tables, buckets)
+            return
+        with TemporaryFile(dir=scratch) as waiting:
+            places = defaultdict[int, list[tuple[int, int]]](list)
+            for table in tables:
+                rows += table.num_rows
+                for bucket, blob in _blobs(table, buckets):
+                    places[bucket].append((waiting.tell(), len(blob)))
+                    waiting.write(blob)
+            for bucket in sorted(places):
+                yield bucket, b"".join(_read_at(waiting, *place) for place in places[bucket])
+
+    for bucket, blob in blobs():
+        index[bucket] = (written, len(blob), hashlib.sha256(blob).hexdigest().encode())
+        out.write(blob)
+        written += len(blob)
+    out.write(index.tobytes())
+    return rows
+
+
+def _blobs(table: pa.Table, buckets: int) -> Iterator[tuple[int, bytes]]:
+    """Each destination that gets rows, ascending, and a stream of those."""
     to_N = table.column("to").to_numpy()
     order_N = np.argsort(to_N, kind="stable")
     rows = table.drop_columns(["to"]).combine_chunks()
     ends = np.cumsum(np.bincount(to_N, minlength=buckets)) if len(to_N) else np.zeros(buckets, np.int64)
-    index = np.zeros(buckets, INDEX)
-    first = written = 0
-    for bucket in np.flatnonzero(np.diff(ends, prepend=0)):
+    first = 0
+    for bucket in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
         last = int(ends[bucket])
-        blob = _ipc(rows.take(pa.array(order_N[first:last])))
-        index[bucket] = (written, len(blob), hashlib.sha256(blob).hexdigest().encode())
-        out.write(blob)
-        first, written = last, written + len(blob)
-    out.write(index.tobytes())
+        yield bucket, _ipc(rows.take(pa.array(order_N[first:last])))
+        first = last
+
+
+def _read_at(file: IO[bytes], start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
 
 
 def _ipc(table: pa.Table) -> bytes:
@@ -419,8 +445,10 @@ class StoredRows:
             if file.bucket is None:
                 yield self._file(file, names)  # nothing of it is held here while the next is read
             elif (blob := self._bucket(file)) is not None:
-                table = pa.ipc.open_stream(blob).read_all()
-                yield table.select(names) if names is not None else table
+                streams = pa.BufferReader(blob)
+                while streams.tell() < len(blob):
+                    table = pa.ipc.open_stream(streams).read_all()
+                    yield table.select(names) if names is not None else table
 
     def _file(self, file: File, names: list[str] | None) -> pa.Table:
         data = self._store.read(file.path)

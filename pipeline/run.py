@@ -291,7 +291,7 @@ class _Bench:
                 self.phases[phase] += seconds
         started = time.perf_counter()
         receipts = [
-            commit(self.store, self.directory, stage, cast(str, key), task.name, result, content)
+            commit(self.store, self.directory, stage, cast(str, key), task.name, result, content, self.machine.scratch)
             for stage, key, result in zip(task.stages, keys, results, strict=True)
         ]
         if self.phases:
@@ -338,7 +338,14 @@ def read_receipt(store: Root, stage: Stage, key: str) -> Receipt | None:
 
 
 def commit(
-    store: Root, directory: Root, stage: Stage, key: str, name: str, made: Made, content: dict[str, str] | None
+    store: Root,
+    directory: Root,
+    stage: Stage,
+    key: str,
+    name: str,
+    made: Made,
+    content: dict[str, str] | None,
+    scratch: str | None = None,
 ) -> Receipt:
     """Publish the files of a part, then its receipt; the first receipt of a key wins.
 
@@ -350,8 +357,7 @@ def commit(
         raise SchemaError(f"{stage.name}: made {sorted(made.tables)}, declares {sorted(stage.outputs)}")
     files = {}
     for output, table in sorted(made.tables.items()):
-        described = publish(store, partial(part_path, stage.name, output, key), table, made.buckets)
-        files[output] = {**described, "rows": table.num_rows, "buckets": made.buckets or 0}
+        files[output] = publish(store, partial(part_path, stage.name, output, key), table, made.buckets, scratch)
     exports = {path: export(directory, path, write) for path, write in sorted(made.exports.items())}
     receipt: Receipt = {
         "key": key,
@@ -378,17 +384,23 @@ def commit(
     return first
 
 
-def publish(store: Root, named: Callable[[str], str], table: pa.Table, buckets: int | None) -> dict[str, Any]:
-    """Write one file of a part under the name that its digest gives it; its path, digest and length."""
-    if buckets is None:
-        data = to_parquet(table, internal=True)
-        sha256, length = _sha256(data), len(data)
+def publish(
+    store: Root,
+    named: Callable[[str], str],
+    rows: pa.Table | Iterable[pa.Table],
+    buckets: int | None,
+    scratch: str | None = None,
+) -> dict[str, Any]:
+    """Write one file of a part under the name that its digest gives it; what a receipt says of it."""
+    if isinstance(rows, pa.Table) and buckets is None:
+        data = to_parquet(rows, internal=True)
+        sha256, length, count = _sha256(data), len(data), rows.num_rows
         store.write(named(sha256), data)
-    else:  # the vectors of hundreds of units: never a second time in memory
+    else:  # the vectors of hundreds of units: never all in memory
         with store.writing(named) as file:
-            to_shuffle(table, buckets, file)
+            count = to_shuffle(rows, buckets or 0, file, scratch)
         sha256, length = file.sha256, file.bytes
-    return {"path": named(sha256), "sha256": sha256, "bytes": length}
+    return {"path": named(sha256), "sha256": sha256, "bytes": length, "rows": count, "buckets": buckets or 0}
 
 
 def export(directory: Root, path: str, write: Callable[[Sink], object]) -> dict[str, Any]:

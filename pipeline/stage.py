@@ -6,7 +6,7 @@ loads what the stage needs, once per worker, and returns the function that is ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -30,12 +30,13 @@ class Made:
         tables: output name -> rows; the names are the stage's `outputs`.
         facts: JSON values (counts, totals); deterministic, a few hundred bytes.
         buckets: None, or a number of destinations: the tables then have an int32 column `to` in [0, buckets), and are
-            stored so that each destination's rows can be read alone (Dataset.shuffled).
+            stored so that each destination's rows can be read alone (Dataset.shuffled). Rows too large to hold at once
+            are an iterator of tables.
         exports: path below the run directory -> what writes that file's bytes, in order; for stages of Run.export.
         seconds: where the time went (costs.PHASES); told to who watches the run, and in no file but times.json.
     """
 
-    tables: dict[str, pa.Table]
+    tables: Mapping[str, pa.Table | Iterator[pa.Table]]
     facts: dict[str, Any] = field(default_factory=dict)
     buckets: int | None = None
     exports: dict[str, Callable[[Sink], object]] = field(default_factory=dict)

@@ -464,17 +464,20 @@ Sent = list[list[tuple[int, int]]]
 @cases(
     st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99)), max_size=12), min_size=1, max_size=6),
     st.integers(1, 6),
+    st.integers(0, 5),
 )
-def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_whatever_the_grouping(
-    sent: Sent, group: int
+def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_however_they_come(
+    sent: Sent, group: int, piece: int
 ) -> None:
+    """`piece`: rows of a table where they come by and by; 0: as one table."""
     store = Root("memory://shuffle")
     files = []
     for at, rows in enumerate(sent):
         to, value = ([row[i] for row in rows] for i in (0, 1))
         table = pa.table({"to": pa.array(to, pa.int32()), "value": pa.array(value, pa.int64())})
         out = io.BytesIO()
-        to_shuffle(table, 5, out)
+        tables = (table.slice(first, piece) for first in range(0, len(rows), piece or 1))
+        assert to_shuffle(tables if piece else table, 5, out) == len(rows)
         data = out.getvalue()
         store.write(f"{at}", data)
         files.append(File(f"{at}", digest([at, rows]), len(data), len(rows), buckets=5))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
@@ -16,11 +15,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from pipeline.arrow import fixed, hexes, unfixed
+from pipeline.arrow import hexes, unfixed
 from pipeline.cluster import ASSIGNED, MOST_PER_CLUSTER, Clustering, Clusters, health, nobody, sums_of
 from pipeline.errors import SchemaError
 from pipeline.machine import Machine
-from pipeline.parts import Dataset, given
+from pipeline.parts import Dataset
 from pipeline.products import Operand, candidates, dots, operand, pays, told_apart
 from pipeline.schema import UID
 from pipeline.stage import Function, Made, Rows
@@ -47,8 +46,8 @@ BUCKET_ROWS = 1 << 20
 TASKS = 64
 """That compare, at least, where each has a cluster: what workers share."""
 
-SCATTER_UNITS = 64
-"""Whose survivors one task sends to their clusters: 0.7 GB of vectors where each has 10,000 of 512 dims."""
+SCATTER_BYTES = 1 << 28
+"""Vectors above which those of a group go to their clusters by and by."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
 BLOCK_ROWS = 384
@@ -319,20 +318,11 @@ class Dedup:
     def scatter(self, step: Step, found: Clusters, bucket_rows: int) -> Dataset:
         """The survivors by the bucket of their cluster: one part for each bucket."""
         evidence, side = step.space(self.space)
-        buckets = step.run.map(Buckets(found.k, bucket_rows), found.sizes.grouped(len(step.state)))["buckets"]
+        groups = len(step.state)
+        buckets = step.run.map(Buckets(found.k, bucket_rows), found.sizes.grouped(groups))["buckets"]
         count = next(buckets.facts())["buckets"]
-        slices, places = [], []
-        for group, part in enumerate(evidence.parts):
-            first_unit = json.loads(step.places.parts[group].given)["first_unit"]
-            ends = list(accumulate((file.rows for file in part.files), initial=0))
-            for first in range(0, len(part.files), SCATTER_UNITS):
-                units = range(first, min(first + SCATTER_UNITS, len(part.files)))
-                slices.append((group, units))
-                places.append({"group": group, "first_unit": first_unit + first, "first_row": ends[first]})
-        of_group = [range(group, group + 1) for group, _ in slices]
-        rows = (evidence.sliced(slices), step.samples.sliced(slices), found.assigned.joined(of_group))
-        inputs = (*rows, given(places), buckets.spread(len(slices)))
-        return step.run.map(Scatter(side, count), *inputs)["rows"].shuffled(count)
+        rows = (evidence, step.samples, found.assigned, step.places, buckets.spread(groups))
+        return step.run.map(Scatter(side, count), *rows)["rows"].shuffled(count)
 
     @property
     def _min_cos(self) -> float:
@@ -361,7 +351,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Scatter:
-    """The survivors of some of a group's units with their vectors, sent to the bucket of their cluster."""
+    """A group's survivors with their vectors, sent to the bucket of their cluster."""
 
     side: str
     count: int
@@ -375,21 +365,14 @@ class Scatter:
         return self.scatter
 
     def scatter(self, evidence: Rows, samples: Rows, assigned: Rows, place: Rows, buckets: Rows) -> Made:
-        first_row, rows = place.given["first_row"], sum(evidence.lengths)
+        return Made({"rows": self._rows(evidence, samples, assigned, place, buckets)}, buckets=self.count)
+
+    def _rows(self, evidence: Rows, samples: Rows, assigned: Rows, place: Rows, buckets: Rows) -> Iterator[pa.Table]:
+        """Tables of SCATTER_BYTES or little more; one at least."""
         table = assigned.table()
-        first, last = np.searchsorted(table.column("at").to_numpy(), [first_row, first_row + rows]).tolist()
-        table = table.slice(first, last - first)
-        at_M = table.column("at").to_numpy().astype(np.int64) - first_row
+        at_M = table.column("at").to_numpy().astype(np.int64)
         bucket_K = buckets.table().column("bucket").to_numpy()
         unit_M, row_M = places_in(samples, place, at_M)
-        vectors, first = np.empty((len(at_M), 0), np.uint8), 0
-        for piece in evidence.pieces([self.side]):
-            stored = piece.column(self.side)
-            if not first:  # in one piece from the start: they are most of what this task holds
-                vectors = np.empty((len(at_M), stored.type.byte_width), np.uint8)
-            begin, end = np.searchsorted(at_M, [first, first + piece.num_rows])
-            vectors[begin:end] = unfixed(stored.take(pa.array(at_M[begin:end] - first)), np.uint8)
-            first += piece.num_rows
         columns = {
             "to": pa.array(bucket_K[table.column("cluster").to_numpy()]),
             "group": pa.array(np.full(len(at_M), place.given["group"], np.int32)),
@@ -399,9 +382,17 @@ class Scatter:
             "uid": samples.table(["uid"]).column("uid").combine_chunks().take(pa.array(at_M)),
             "unit": pa.array(unit_M),
             "row": pa.array(row_M),
-            "vector": fixed(vectors),
         }
-        return Made({"rows": pa.table(columns)}, buckets=self.count)
+        whole, held, sent, first = pa.table(columns), list[pa.ChunkedArray](), 0, 0
+        for number, piece in enumerate(evidence.pieces([self.side]), 1):
+            begin, end = np.searchsorted(at_M, [first, first + piece.num_rows]).tolist()
+            held.append(piece.column(self.side).take(pa.array(at_M[begin:end] - first)))
+            first += piece.num_rows
+            if number == len(evidence.lengths) or sum(column.nbytes for column in held) >= SCATTER_BYTES:
+                vectors = pa.chunked_array([chunk for column in held for chunk in column.chunks], held[0].type)
+                held.clear()
+                yield whole.slice(sent, end - sent).append_column("vector", vectors)
+                sent = end
 
 
 @dataclass(frozen=True)

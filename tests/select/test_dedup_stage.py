@@ -143,9 +143,9 @@ def test_buckets_change_nothing_even_where_a_cluster_is_larger(bucket_rows, rule
     assert answers[bucket_rows] == answers[10**6]
 
 
-@pytest.mark.parametrize("units", [1, 2, 3, 64])
-def test_a_group_goes_to_its_clusters_in_slices_of_any_number_of_units(units, monkeypatch):
-    monkeypatch.setattr("pipeline.select.dedup.SCATTER_UNITS", units)
+@pytest.mark.parametrize("size", [1, 300, 700, 10**6])
+def test_a_group_goes_to_its_clusters_in_tables_of_any_size(size, monkeypatch):
+    monkeypatch.setattr("pipeline.select.dedup.SCATTER_BYTES", size)
     vec_ND = planted(90, seed=6)
     dedup = Dedup("clip", 0.02, clusters=3, iterations=5)
     uids = [7] * 90  # copies are in the order of units and rows
