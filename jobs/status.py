@@ -41,10 +41,11 @@ def status(
         for unit, cause in stage.failed:
             print(f"failed: {stage.stage}: {unit}: {cause}")
     if found.times:
-        seconds = sum(stage["seconds"] for stage in found.times["stages"])
+        stages = found.times["stages"]
+        names, seconds = {stage["stage"] for stage in stages}, sum(stage["seconds"] for stage in stages)
         so_far = "" if found.finished else "so far: "
-        print(f"{so_far}{len(found.times['stages'])} stages computed in {seconds:,.1f} s, over all starts")
-        core_hours, gpu_hours = held_hours(found.times["stages"])
+        print(f"{so_far}{len(names)} stages computed in {seconds:,.1f} s, over all starts")
+        core_hours, gpu_hours = held_hours(stages)
         print(f"its workers held {core_hours:.3g} core-hours and {gpu_hours:.3g} GPU-hours")
     if found.times and found.finished:
         stored, written = sum(found.times["stored_bytes"].values()), found.times["written_bytes"]

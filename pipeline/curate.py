@@ -111,7 +111,7 @@ def curate(run: Run, recipe: Recipe, group_units: int = GROUP_UNITS) -> Curated:
     units = list_units(recipe.pool, run.machine.storage_options)
     recipe = pinned(run, recipe, units)
     pool_bytes = sum(source.bytes for unit in units for source in unit.sources.values())
-    times = Times.of(run.directory, digest(work_of(recipe, units)), len(units), pool_bytes)
+    times = Times.begin(run, digest(work_of(recipe, units)), len(units), pool_bytes)
     run.keep_times = partial(times.write, run)
     stages = networks(run, recipe, units)
     read = run.read(Read(recipe.pool.format), units, after=stages)
@@ -478,7 +478,8 @@ def finish(
     forget_others(run, written)
     lines = before.splitlines(keepends=True)
     same = b"".join(line for line in lines if b"  report/" not in line) == checksums(digests_of(written))
-    if run.times or not same or run.directory.bytes("report/index.html") is None:
+    there = all(run.directory.bytes(path) is not None for path in ("times.json", "report/index.html"))
+    if run.times or not same or not there:
         times.write(run, sum(file["bytes"] for file in written.values()))
         written |= write_report(run.directory, run.store, run.machine)
         before = checksums(digests_of(written))

@@ -149,7 +149,9 @@ def _by_faiss(sample_MD: Float16s, k: int, iterations: int, seed: int, threads: 
     """Unit centroids, on the grid, of at least one row: float32, shape (k, D)."""
     import faiss
 
-    vec_MD = np.resize(vectors.widened(sample_MD), (max(k, len(sample_MD)), sample_MD.shape[1]))
+    vec_MD = vectors.widened(sample_MD)
+    if len(vec_MD) < k:
+        vec_MD = np.resize(vec_MD, (k, vec_MD.shape[1]))
     vec_MD /= np.linalg.norm(vec_MD, axis=1, keepdims=True)
     plus_plus = k <= PLUS_PLUS_CLUSTERS
     kmeans = faiss.Kmeans(

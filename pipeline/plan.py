@@ -7,7 +7,7 @@ evenly, as far as it has parts enough, and nothing is lost is assumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS
@@ -16,7 +16,7 @@ from pipeline.kmeans import LAST, stride
 from pipeline.recipe import Network, Recipe, Rule
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.cut import Cut
-from pipeline.select.dedup import Dedup
+from pipeline.select.dedup import BUCKET_ROWS, CLUSTER_ROWS, TASKS, Dedup
 from pipeline.select.density import Density
 from pipeline.select.filter import Filter
 from pipeline.select.list import List
@@ -56,6 +56,9 @@ PASS_S = 13e-6
 TARRED_S, SHARD_S = 14e-6, 0.025
 """Of copying a row's members into a filtered shard, beside their bytes; of each shard, beside its rows. Measured on the
 same processor, with 17,000 rows in 2 and in 9 shards."""
+
+CENTROID_BYTES = 40
+"""Of each number of a centroid, that training holds: sums and centroids, old and new, of float64 and float32."""
 
 ARRAY_S = 20e-9
 """Per byte of vectors that a pool brings along."""
@@ -245,7 +248,7 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
         step_bytes += entered * ENTERED[type(rule)].bytes
         if isinstance(rule, (Dedup, Density)) and shape:
             more, serial = _clustering_seconds(rule, shape, speeds.kernels[number])
-            shared, held = shared + more, 2 * shape.dims * shape.sample
+            shared, held = shared + more, shape.dims * (2 * shape.sample + CENTROID_BYTES * shape.clusters)
             step_bytes += 2 * shape.dims * (shape.sample + (shape.rows if isinstance(rule, Dedup) else 0))
         lines.append(replace(_line(f"{number:02d}-{kind}", shared, capacity, groups, serial), serial_bytes=held))
     alive = entering[-1]
@@ -262,7 +265,7 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
         "kept samples": alive * KEPT.bytes + copied,
     }
     read_bytes = facts.pool_bytes + copied
-    requests = _requests(recipe, facts, len(networks), alive)
+    requests = _requests(recipe, facts, len(networks), alive, entering)
     return Plan(facts.rows, embedded, alive, unpredictable, tuple(lines), read_bytes, stored, requests, bound)
 
 
@@ -356,12 +359,16 @@ def _writes_tars(recipe: Recipe) -> bool:
     return "webdataset" in recipe.write.formats
 
 
-def _requests(recipe: Recipe, facts: Facts, networks: int, kept: int) -> float:
+def _requests(recipe: Recipe, facts: Facts, networks: int, kept: int, entering: Sequence[int]) -> float:
     """Calls to storage: of a unit, its files and some 7 small objects, and 4 for each model; some 6 calls for each
-    group of units in each of some 12 passes of a step; 10 of an output shard."""
+    group of units in each of some 12 passes of a step; 2 for each group's rows of a bucket of dedup, there and back;
+    10 of an output shard."""
     groups = -(-facts.shards // GROUP_UNITS)
     unit = 2 * facts.files + 7 + 4 * networks
-    return float(facts.shards * unit + groups * 6 * 12 * (2 + len(recipe.select)) + 10 * _written_shards(recipe, kept))
+    passes = groups * 6 * 12 * (2 + len(recipe.select))
+    compared = [rows for rows, (_, rule) in zip(entering, recipe.select, strict=False) if isinstance(rule, Dedup)]
+    buckets = sum(-(-rows // min(BUCKET_ROWS, max(CLUSTER_ROWS, rows // TASKS))) for rows in compared)
+    return float(facts.shards * unit + passes + 4 * groups * buckets + 10 * _written_shards(recipe, kept))
 
 
 def _written_shards(recipe: Recipe, kept: int) -> int:

@@ -307,14 +307,16 @@ def _problems(directory: Root) -> dict[str, Any]:
 def _times(times: dict[str, Any], listed: int, prices: Prices | None) -> dict[str, Any]:
     """Seconds and rates of each stage that had something to do, and what the run took in all its starts."""
     stages: dict[str, dict[str, Any]] = {}
+    longest: dict[str, float] = {}
     for entry in times["stages"]:
         stage = stages.setdefault(entry["stage"], {"stage": entry["stage"], "parts": 0, "rows": 0, "seconds": 0.0})
         for name in ("parts", "rows", "seconds"):
             stage[name] += entry[name]
         if "phases" in entry:
-            phases = Counter(stage.get("phases", {}))
-            phases.update(entry["phases"])
-            stage |= {"phases": dict(phases), "bound": entry["bound"]}
+            before = stage.get("phases", {})
+            stage["phases"] = {p: round(before.get(p, 0) + s, 3) for p, s in entry["phases"].items()}
+            if entry["seconds"] >= longest.get(entry["stage"], 0):  # a start of a few seconds does not say what bounds
+                longest[entry["stage"]], stage["bound"] = entry["seconds"], entry["bound"]
     for name, stage in stages.items():
         seconds = stage["seconds"]
         stage["rows_per_s"] = stage["rows"] / seconds if seconds else None

@@ -22,7 +22,7 @@ import os
 import socket
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -454,7 +454,8 @@ class Run:
         machine: how fast.
         progress: told about each stage.
         times: one entry for each stage that had something to do, so far: name, parts made, rows, seconds; of its
-            workers: how many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase.
+            workers: how many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase;
+            and parts of `further` stages that were made at once.
         keep_times: keeps `times` for a start after this one; called at the end of a stage and every TIMES_S.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
         numerics_class: of the embeddings, once they were asked for.
@@ -700,13 +701,16 @@ class Run:
         self.progress.start(title, done, total)
         started = kept = time.monotonic()
         parts, rows, spent = 0, 0, Spent()
-        times: dict[str, Any] = {}
-        self.times.append(times)
+        further = Counter[str]()
+        entry: dict[str, Any] = {}
+        self.times.append(entry)
 
-        def told() -> float:
+        def count() -> float:
             seconds = time.monotonic() - started
-            times.update({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
-            times.update(self._held(spent, gpu))
+            entry.update({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
+            entry.update(self._held(spent, gpu))
+            if further:
+                entry["further"] = dict(further)
             return seconds
 
         names: list[str] = []
@@ -726,6 +730,7 @@ class Run:
                 parts += 1
                 made = sum(max((f["rows"] for f in r["files"].values()), default=0) for r in result.receipts)
                 rows += made
+                further.update({receipt["stage"] for receipt in result.further})
                 spent.add(result.took)
                 if "decode" in spent.phases:
                     self.progress.remark(self._verdict(spent))
@@ -736,13 +741,17 @@ class Run:
                     if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
                 if time.monotonic() - kept >= TIMES_S:
-                    told()
+                    count()
                     self.keep_times()
                     kept = time.monotonic()
                 yield position, result.receipts
+        except KeyboardInterrupt:
+            count()
+            self.keep_times()
+            raise
         finally:
             self.progress.stop()
-            seconds = told()
+            seconds = count()
         self.keep_times()
         log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
         if failed:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.lease import holders
 from pipeline.run import FAILED, LOOSE, MANIFESTS, SEGMENTS
 from pipeline.storage import Root
+from pipeline.times import read_times
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ def status(directory: Root, store: Root) -> Status:
         done = finished.get(stage, set())
         committed = loose.get(stage, set()) | compacted.get(stage, set()) | done
         stages.append(StageStatus(stage, datasets[stage], len(committed), len(committed - done), failed.get(stage, ())))
-    times = directory.read("times.json") if directory.bytes("times.json") is not None else None
     whole = directory.bytes("checksums.sha256") is not None
-    return Status(whole, tuple(holders(store, directory)), tuple(stages), json.loads(times) if times else None)
+    return Status(whole, tuple(holders(store, directory)), tuple(stages), read_times(directory))
 
 
 def _stage(path: str) -> str:

@@ -159,7 +159,7 @@ def test_clustering_by_hand() -> None:
     shared_s = 81 + 900 + 900 * ENTERED[Dedup].seconds
     assert own.hours == pytest.approx((1215 + shared_s / 2) / 3600)
     assert own.core_hours == pytest.approx((1215 + shared_s) * 3 / 3600)
-    assert own.serial_bytes == 900 * 10 * 2
+    assert own.serial_bytes == 10 * (2 * 900 + 40 * 9)
     # Three iterations over a half, one over all; three exact passes and the assignment after them.
     own = line(plan, "02-density")
     assert own.serial_hours == pytest.approx(900 * 30 * 10 * 2.5 / 200 / 3600)
@@ -390,7 +390,7 @@ def test_the_command_prints_work_bytes_money_and_what_it_assumes(
     ]
     assert any(row.startswith("EUR ") and "cores" in row for row in shown)
     assert "- what 01-dedup will drop is not known: counted as nothing" in shown
-    assert any(row.startswith("- 01-dedup: ") and row.endswith(" in 268 MB of memory") for row in shown)
+    assert any(row.startswith("- 01-dedup: ") and row.endswith(" in 352 MB of memory") for row in shown)
     assert "- the larger pool: shards, captions and damage as in this one" in shown
     assert main(argv) == 0
     shown = capsys.readouterr().out.splitlines()
