@@ -11,11 +11,12 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from operator import eq
 from tempfile import TemporaryFile
-from typing import IO, Any, TypeVar, cast, overload
+from typing import IO, Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -301,6 +302,9 @@ def _in_bucket(files: Sequence[File], bucket: int) -> Sequence[File]:
     return tuple(replace(f, bucket=bucket) for f in files)
 
 
+FETCHES, FETCH_BYTES = 16, 1 << 24
+"""Blobs of a bucket that are fetched at the same time, and what they may hold together, before the last of them."""
+
 TEXT = {"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"}
 SPLIT = {"INT32", "INT64", "FLOAT", "DOUBLE"}
 """Physical types of parquet: what has a dictionary, and what is split into streams of bytes."""
@@ -414,6 +418,27 @@ def _ipc(table: pa.Table) -> bytes:
     return out.getvalue()
 
 
+class _Entry(NamedTuple):
+    """One destination's blob in a shuffle file."""
+
+    path: str
+    start: int
+    length: int
+    sha256: str
+
+
+def _together(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+    """FETCHES at a time, or fewer of FETCH_BYTES."""
+    some: list[_Entry] = []
+    for entry in entries:
+        some.append(entry)
+        if len(some) == FETCHES or sum(e.length for e in some) >= FETCH_BYTES:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
 class StoredRows:
     """The committed rows of one part (stage.Rows)."""
 
@@ -441,14 +466,24 @@ class StoredRows:
 
     def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         names = list(columns) if columns is not None else None
-        for file in self._part.files:
-            if file.bucket is None:
-                yield self._file(file, names)  # nothing of it is held here while the next is read
-            elif (blob := self._bucket(file)) is not None:
-                streams = pa.BufferReader(blob)
-                while streams.tell() < len(blob):
-                    table = pa.ipc.open_stream(streams).read_all()
-                    yield table.select(names) if names is not None else table
+        sent = [file for file in self._part.files if file.bucket is not None]
+        for file in self._part.files if not sent else ():
+            yield self._file(file, names)  # nothing of it is held here while the next is read
+        for blob in self._blobs(sent):
+            streams = pa.BufferReader(blob)
+            while streams.tell() < len(blob):
+                table = pa.ipc.open_stream(streams).read_all()
+                yield table.select(names) if names is not None else table
+
+    def _blobs(self, files: Sequence[File]) -> Iterator[bytes]:
+        """What each file has for its bucket, in order: of a large pool some kB in each of thousands of files."""
+        pool = ThreadPoolExecutor(FETCHES, "fetch")
+        try:
+            found = (entry for entry in pool.map(self._entry, files) if entry)
+            for some in _together(found):
+                yield from pool.map(self._blob, some)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _file(self, file: File, names: list[str] | None) -> pa.Table:
         data = self._store.read(file.path)
@@ -457,18 +492,20 @@ class StoredRows:
         table = pq.ParquetFile(pa.BufferReader(data)).read(names, use_threads=False)
         return table.select(names) if names is not None else table
 
-    def _bucket(self, file: File) -> bytes | None:
+    def _entry(self, file: File) -> _Entry | None:
+        """Where its rows for the bucket are, or None where there are none."""
         assert file.bucket is not None
         at = file.bytes - (file.buckets - file.bucket) * INDEX.itemsize
         entry = np.frombuffer(self._store.read(file.path, at, at + INDEX.itemsize), INDEX)
         if len(entry) != 1 or not 0 <= entry["start"][0] <= file.bytes or not 0 <= entry["bytes"][0] <= file.bytes:
             raise DamagedPart(f"{file.path}: its index is damaged")
-        start, length = int(entry["start"][0]), int(entry["bytes"][0])
-        expected = entry["sha256"][0].decode("latin-1")
-        if not length and not expected:
-            return None
-        blob = self._store.read(file.path, start, start + length)
-        self._check(file.path, blob, expected)
+        start, length, sha256 = entry[0].tolist()
+        found = _Entry(file.path, start, length, sha256.decode("latin-1"))
+        return found if found.length or found.sha256 else None
+
+    def _blob(self, entry: _Entry) -> bytes:
+        blob = self._store.read(entry.path, entry.start, entry.start + entry.length)
+        self._check(entry.path, blob, entry.sha256)
         return blob
 
     def _check(self, path: str, data: bytes, expected: str) -> None:

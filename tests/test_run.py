@@ -8,7 +8,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Barrier
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,8 @@ from pipeline.errors import RunError, SchemaError, UserError
 from pipeline.executor import Serial
 from pipeline.machine import Machine
 from pipeline.parts import (
+    FETCH_BYTES,
+    FETCHES,
     INDEX,
     PACKED,
     Bucket,
@@ -31,6 +35,8 @@ from pipeline.parts import (
     Listed,
     Part,
     StoredRows,
+    _Entry,
+    _together,
     canonical,
     digest,
     part_path,
@@ -489,6 +495,32 @@ def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_howev
         table = StoredRows(store, part).table()
         assert (table.column("value").to_pylist() if table.num_columns else []) == expected
         assert part.id == dataset.shuffled(5).parts[bucket].id
+
+
+def test_what_many_files_hold_for_a_bucket_is_fetched_side_by_side() -> None:
+    """Each read waits for another."""
+    both = Barrier(2, timeout=20)
+
+    class Waiting(Root):
+        def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+            both.wait()
+            return super().read(path, start, stop)
+
+    store, files = Waiting(f"memory://{uuid.uuid4().hex}"), []
+    for at in range(2 * FETCHES):
+        out = io.BytesIO()
+        to_shuffle(pa.table({"to": pa.array([0] * 9, pa.int32()), "value": np.full(9, at)}), 1, out)
+        store.write(f"{at}", out.getvalue())
+        files.append(File(f"{at}", digest([at]), len(out.getvalue()), 9, buckets=1))
+    (part,) = Dataset("sent", "key", (Part("all", tuple(files)),)).shuffled(1).parts
+    assert [table.column("value")[0].as_py() for table in StoredRows(store, part).pieces()] == list(range(2 * FETCHES))
+
+
+def test_blobs_that_are_fetched_together_are_few_or_small() -> None:
+    sizes = [1] * (FETCHES + 1) + [FETCH_BYTES] * 2 + [FETCH_BYTES - 1, 5, 5]
+    together = [[e.length for e in some] for some in _together(_Entry("", 0, size, "") for size in sizes)]
+    assert together == [[1] * FETCHES, [1, FETCH_BYTES], [FETCH_BYTES], [FETCH_BYTES - 1, 5], [5]]
+    assert list(_together([])) == []
 
 
 def test_rows_that_are_read_group_by_group_are_the_same_rows(tmp_path: Path) -> None:
