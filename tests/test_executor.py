@@ -159,7 +159,7 @@ def test_a_task_beyond_the_deadline_is_killed_tried_once_more_and_named(ray_exec
 
 @pytest.mark.ray
 def test_no_actor_has_two_tasks_while_another_has_none(ray_executor: Executor) -> None:
-    started = dict(ray_executor.each(Process(), [8.0, 8.0]))  # one may have to start, after a test that killed it
+    started = dict(ray_executor.each(Process(), [5.0, 5.0]))  # one may have to start, after a test that killed it
     assert started[0] != started[1]
     for _ in range(4):
         answers = dict(ray_executor.each(Process(), [2.0, 2.0]))
