@@ -466,10 +466,12 @@ class StoredRows:
 
     def pieces(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         names = list(columns) if columns is not None else None
-        sent = [file for file in self._part.files if file.bucket is not None]
-        for file in self._part.files if not sent else ():
-            yield self._file(file, names)  # nothing of it is held here while the next is read
-        for blob in self._blobs(sent):
+        files = self._part.files
+        if not files or files[0].bucket is None:
+            for file in files:
+                yield self._file(file, names)  # nothing of it is held here while the next is read
+            return
+        for blob in self._blobs(files):
             streams = pa.BufferReader(blob)
             while streams.tell() < len(blob):
                 table = pa.ipc.open_stream(streams).read_all()

@@ -55,7 +55,7 @@ PASS_S = 13e-6
 
 TARRED_S, SHARD_S = 14e-6, 0.025
 """Of copying a row's members into a filtered shard, beside their bytes; of each shard, beside its rows. Measured on the
-same processor, with 17,000 rows in 2 and in 9 shards."""
+EPYC, with 17,000 rows in 2 and in 9 shards."""
 
 CENTROID_BYTES = 40
 """Of each number of a centroid, that training holds: sums and centroids, old and new, of float64 and float32."""

@@ -392,13 +392,14 @@ def publish(
     scratch: str | None = None,
 ) -> dict[str, Any]:
     """Write one file of a part under the name that its digest gives it; what a receipt says of it."""
-    if isinstance(rows, pa.Table) and buckets is None:
+    if buckets is None:
+        assert isinstance(rows, pa.Table)
         data = to_parquet(rows, internal=True)
         sha256, length, count = _sha256(data), len(data), rows.num_rows
         store.write(named(sha256), data)
     else:  # the vectors of hundreds of units: never all in memory
         with store.writing(named) as file:
-            count = to_shuffle(rows, buckets or 0, file, scratch)
+            count = to_shuffle(rows, buckets, file, scratch)
         sha256, length = file.sha256, file.bytes
     return {"path": named(sha256), "sha256": sha256, "bytes": length, "rows": count, "buckets": buckets or 0}
 
@@ -456,7 +457,7 @@ class Run:
         times: one entry for each stage that had something to do, so far: name, parts made, rows, seconds; of its
             workers: how many, the hours of cores and of GPUs that they held, and of embedding the seconds by phase;
             and parts of `further` stages that were made at once.
-        keep_times: keeps `times` for a start after this one; called at the end of a stage and every TIMES_S.
+        keep_times: keeps `times` for a start after this one; called at the end of a stage and every `times_s`.
         datasets: key of every dataset that was asked for, by stage name, in order; the run's record of what it used.
         numerics_class: of the embeddings, once they were asked for.
         segment_parts: loose receipts of one stage that are compacted into one object.
@@ -469,6 +470,7 @@ class Run:
     progress: Progress = field(default_factory=Quiet)
     times: list[dict[str, Any]] = field(default_factory=list)
     keep_times: Callable[[], None] = lambda: None
+    times_s: float = TIMES_S
     datasets: list[tuple[str, str]] = field(default_factory=list)
     numerics_class: dict[str, str] = field(default_factory=dict)
     segment_parts: int = SEGMENT_PARTS
@@ -705,14 +707,17 @@ class Run:
         entry: dict[str, Any] = {}
         self.times.append(entry)
 
-        def count() -> float:
-            seconds = time.monotonic() - started
-            entry.update({"stage": title, "parts": parts, "rows": rows, "seconds": round(seconds, 3)})
-            entry.update(self._held(spent, gpu))
+        def count() -> None:
+            seconds = round(time.monotonic() - started, 3)
+            entry.update({"stage": title, "parts": parts, "rows": rows, "seconds": seconds, **self._held(spent, gpu)})
             if further:
                 entry["further"] = dict(further)
-            return seconds
 
+        def keep() -> None:
+            count()
+            self.keep_times()
+
+        count()
         names: list[str] = []
         loose: dict[str, dict[str, bytes]] = {}
 
@@ -740,20 +745,17 @@ class Run:
                     loose.setdefault(stage, {})[receipt["key"]] = sealed(receipt)
                     if len(loose[stage]) >= self.segment_parts:
                         self._compact(stage, loose.pop(stage))
-                if time.monotonic() - kept >= TIMES_S:
-                    count()
-                    self.keep_times()
+                if time.monotonic() - kept >= self.times_s:
+                    keep()
                     kept = time.monotonic()
                 yield position, result.receipts
         except KeyboardInterrupt:
-            count()
-            self.keep_times()
+            keep()
             raise
         finally:
             self.progress.stop()
-            seconds = count()
-        self.keep_times()
-        log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, seconds)
+        keep()
+        log.info("%s: %d parts, %d rows in %.1f s", title, parts, rows, entry["seconds"])
         if failed:
             record = [{"name": name, "cause": failure.cause} for name, failure in failed]
             self.store.write(_failed(title.partition(" ")[0]), canonical(record))

@@ -42,7 +42,7 @@ class Impatient(Quiet):
 
 def start(directory: Path, plain: dict[str, Any], progress: Quiet | None = None) -> dict[str, Any]:
     """One start of a run; what times.json tells after it."""
-    run = Run(Root(str(directory / "store")), Root(str(directory)), Serial(), Machine(), progress or Quiet())
+    run = Run(Root(str(directory / "store")), Root(str(directory)), Serial(), Machine(), progress or Quiet(), times_s=0)
     try:
         curate(run, recipe_of(plain), group_units=2)
     except (KeyboardInterrupt, MemoryError):
@@ -63,10 +63,8 @@ def test_a_run_that_was_interrupted_tells_what_all_of_its_starts_took(
     end: type[BaseException],
     kept: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("pipeline.run.TIMES_S", 0)
     plain = {**datacomp(datacomp_pool(tmp_path / "pool", 4, 60, 1)), "select": [{"cut": {"score": "l14", "keep": 0.5}}]}
     run = tmp_path / "run"
 

@@ -47,7 +47,7 @@ TASKS = 64
 """That compare, at least, where each has a cluster: what workers share."""
 
 SCATTER_BYTES = 1 << 28
-"""Vectors above which those of a group go to their clusters by and by."""
+"""Of a group's vectors that a task sends to their clusters at a time, or little more."""
 
 COMPARED = pa.schema([*ASSIGNED, ("max_cosine", pa.float32()), ("duplicate_of", UID)])
 BLOCK_ROWS = 384
@@ -351,10 +351,17 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A group's survivors with their vectors, sent to the bucket of their cluster."""
+    """A group's survivors with their vectors, sent to the bucket of their cluster.
+
+    Attributes:
+        side: image or text.
+        count: buckets.
+        table_bytes: of vectors held at a time.
+    """
 
     side: str
     count: int
+    table_bytes: int = SCATTER_BYTES
 
     name: ClassVar[str] = "dedup_scatter"
     version: ClassVar[int] = 2
@@ -368,7 +375,7 @@ class Scatter:
         return Made({"rows": self._rows(evidence, samples, assigned, place, buckets)}, buckets=self.count)
 
     def _rows(self, evidence: Rows, samples: Rows, assigned: Rows, place: Rows, buckets: Rows) -> Iterator[pa.Table]:
-        """Tables of SCATTER_BYTES or little more; one at least."""
+        """The rows, `table_bytes` of vectors or little more at a time."""
         table = assigned.table()
         at_M = table.column("at").to_numpy().astype(np.int64)
         bucket_K = buckets.table().column("bucket").to_numpy()
@@ -388,7 +395,7 @@ class Scatter:
             begin, end = np.searchsorted(at_M, [first, first + piece.num_rows]).tolist()
             held.append(piece.column(self.side).take(pa.array(at_M[begin:end] - first)))
             first += piece.num_rows
-            if number == len(evidence.lengths) or sum(column.nbytes for column in held) >= SCATTER_BYTES:
+            if number == len(evidence.lengths) or sum(column.nbytes for column in held) >= self.table_bytes:
                 vectors = pa.chunked_array([chunk for column in held for chunk in column.chunks], held[0].type)
                 held.clear()
                 yield whole.slice(sent, end - sent).append_column("vector", vectors)
