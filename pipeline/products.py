@@ -165,7 +165,11 @@ def _pair_dots(
 
 
 def candidates(
-    rows: Operand, columns: Operand, least_B: Float32s | None = None, before: int | None = None
+    rows: Operand,
+    columns: Operand,
+    least_B: Float32s | None = None,
+    before: int | None = None,
+    scratch: Float32s | None = None,
 ) -> NDArray[np.int64]:
     """Places of all columns that can have their row's largest cosine, and of some more.
 
@@ -174,15 +178,18 @@ def candidates(
         columns: C of them, at least one.
         least_B: float32, shape (B,): cosines below are of no interest; None for no such bound.
         before: row b is compared with the first `before` + b columns only; None: with all.
+        scratch: float32, shape (at least B x C,), overwritten: for a caller whose products have many sizes, for each of
+            which the system would hand out, and zero, new memory; None: new memory.
 
     Returns:
         int64, shape (P,), ascending: row x C + column. A row has one at least unless `least_B` or `before` leave none.
     """
     if rows.low is not None and columns.low is not None:
-        place_P = _of_bf16(rows, columns, least_B, before)
+        place_P = _of_bf16(rows, columns, least_B, before, scratch)
         if place_P is not None:
             return place_P
-    dot_BC = rows.vec @ columns.vec.T
+    out = None if scratch is None else _shaped(scratch, len(rows.vec), len(columns.vec))
+    dot_BC = np.matmul(rows.vec, columns.vec.T, out=out)
     if before is not None:
         _hide_later(dot_BC, before, -np.inf)
     largest_BW = _folded(dot_BC)
@@ -190,6 +197,10 @@ def candidates(
     if before == 0:
         enough_B[0] = np.inf
     return _reached(dot_BC, largest_BW, enough_B, *_groups(largest_BW, enough_B))
+
+
+def _shaped(scratch: NDArray[Number], rows: int, columns: int) -> NDArray[Number]:
+    return scratch[: rows * columns].reshape(rows, columns)
 
 
 def _hide_later(value_BC: NDArray[Number], before: int, hidden: float) -> None:
@@ -256,7 +267,9 @@ def _enough(top_B: Float32s, off_B: Float32s, rows: Operand, least_B: Float32s |
     return enough_B
 
 
-def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, before: int | None) -> NDArray[np.int64] | None:
+def _of_bf16(
+    rows: Operand, columns: Operand, least_B: Float32s | None, before: int | None, scratch: Float32s | None
+) -> NDArray[np.int64] | None:
     """`candidates` from a bfloat16 product; None where it cannot tell enough of them apart.
 
     A product of rounded rows is off by what rounding took of the row, times the column, and of the column, times the
@@ -268,16 +281,19 @@ def _of_bf16(rows: Operand, columns: Operand, least_B: Float32s | None, before: 
     assert rows.low is not None and columns.low is not None
     # The second factor is packed for each product: the smaller one.
     turned = len(rows.low) < len(columns.low)
-    out = (columns.low @ rows.low.T).T if turned else rows.low @ columns.low.T
+    a, b = (columns.low, rows.low) if turned else (rows.low, columns.low)
+    held = None if scratch is None else _shaped(scratch.view(np.int16), len(a), len(b))
+    out = torch.mm(a, b.T, out=None if held is None else torch.from_numpy(held).view(torch.bfloat16))
     # Positive floats are in the order of their bits, and as integers all negative ones are below them.
-    bits_BC = out.view(torch.int16).numpy()
+    bits_BC = (out.T if turned else out).view(torch.int16).numpy()
     if before is not None:
         _hide_later(bits_BC, before, 0)
     largest_BW = _folded(bits_BC)
-    top_B = torch.from_numpy(largest_BW.max(axis=1)).view(torch.bfloat16).float().numpy()
+    # The least float32 that rounds to the largest: half a step of bfloat16 below it.
+    top_B = ((np.maximum(largest_BW.max(axis=1), 1).astype(np.int32) << 16) - 2**15).view(np.float32)
     rounded_B = rows.lost * columns.norm.max() + rows.norm * columns.lost.max()
     off_B = np.float32(1.01) * rounded_B + 2 * _off(rows, columns)
-    enough_B = _enough(top_B * np.float32(1 - EPS16), off_B, rows, least_B)
+    enough_B = _enough(top_B, off_B, rows, least_B)
     if (enough_B[int(before == 0) :] <= 0).any():
         return None
     enough_bits_B = torch.from_numpy(enough_B).bfloat16().view(torch.int16).numpy()

@@ -43,8 +43,9 @@ def largest(rows_BD, columns_CD, least_B, before):
     before=st.none() | st.integers(0, 20),
     measured=st.booleans(),
     bf16=st.booleans(),
+    held=st.booleans(),
 )
-def test_no_largest_cosine_is_left_out(seed, rows, columns, dims, spread, stretch, bound, before, measured, bf16):
+def test_no_largest_cosine_is_left_out(seed, rows, columns, dims, spread, stretch, bound, before, measured, bf16, held):
     rng = np.random.default_rng(seed)
     row_BD = unit_rows(seed, rows, dims, spread)
     column_CD = unit_rows(seed + 100, columns if before is None else before, dims, spread)
@@ -53,12 +54,14 @@ def test_no_largest_cosine_is_left_out(seed, rows, columns, dims, spread, stretc
     column_CD = column_CD * (1 + stretch * rng.uniform(-1, 1, (len(column_CD), 1))).astype(np.float32)
     least_B = rng.uniform(-2, 1, rows).astype(np.float32) if bound else None
     mine, prepared = products.operand(row_BD, bf16, measured), products.operand(column_CD, bf16)
-    place_P = products.candidates(mine, prepared, least_B, before)
+    scratch = np.full(rows * len(column_CD) + 3, 2, np.float32) if held else None
+    place_P = products.candidates(mine, prepared, least_B, before, scratch)
     assert (np.diff(place_P) > 0).all() and place_P.dtype == np.int64
     wanted = largest(row_BD, column_CD, least_B, before)
     assert wanted <= set(place_P.tolist())
     if len(place_P):
         row_P, column_P = np.divmod(place_P, len(column_CD))
+        assert before is None or (column_P < before + row_P).all()
         left_P = place_P[products.told_apart(mine, prepared, row_P, column_P)]
         assert wanted <= set(left_P.tolist()) <= set(place_P.tolist())
         assert np.array_equal(np.unique(left_P // len(column_CD)), np.unique(row_P))

@@ -101,16 +101,17 @@ def repeats(
     if bf16 is None:
         bf16 = pays(len(distinct_U) ** 2 * _dims(vec_ND) // 2)
     cos_U, best_U = _nothing(len(distinct_U))
+    scratch = np.empty(block_rows * min(held_rows, len(distinct_U)), np.float32)
     for held in range(0, len(distinct_U), held_rows):
         mine = slice(held, held + held_rows)
         rows = _block(vec_ND, distinct_U[mine], bf16)
         for begin in range(0, held, held_rows):
             columns = _block(vec_ND, distinct_U[begin : begin + held_rows], bf16)
             for block in _slices(len(rows.row), block_rows):
-                _nearer(rows.part(block), columns, cos_U[mine][block], best_U[mine][block])
+                _nearer(rows.part(block), columns, cos_U[mine][block], best_U[mine][block], scratch)
         for block in _slices(len(rows.row), block_rows):
             earlier = rows.part(slice(block.stop))
-            _nearer(rows.part(block), earlier, cos_U[mine][block], best_U[mine][block], block.start)
+            _nearer(rows.part(block), earlier, cos_U[mine][block], best_U[mine][block], scratch, block.start)
     cos_N = np.full(len(vec_ND), -1, np.float32)
     best_N = np.full(len(vec_ND), -1, np.int64)
     cos_N[distinct_U], best_N[distinct_U] = cos_U, best_U
@@ -141,11 +142,12 @@ def greedy(
         bf16 = pays(len(vec_ND) ** 2 * _dims(vec_ND) // 2)
     cos_N, best_N = _nothing(len(vec_ND))
     kept = np.zeros(0, np.int64)
+    scratch = np.empty(block_rows**2, np.float32)
     for start in range(0, len(vec_ND), block_rows):
         rows = _block(vec_ND, np.arange(start, min(start + block_rows, len(vec_ND))), bf16)
         cos_B, best_B = cos_N[start : start + block_rows], best_N[start : start + block_rows]
         for begin in range(0, len(kept), block_rows):
-            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B)
+            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B, scratch)
         cos_BB = all_cosines(rows.vec.vec, rows.vec.vec)
         kept_B = np.zeros(len(rows.row), np.bool_)
         for here in range(len(rows.row)):
@@ -227,14 +229,19 @@ def _slices(rows: int, block_rows: int) -> Iterator[slice]:
 
 
 def _nearer(
-    rows: _Block, columns: _Block, cos_B: Float32s, best_B: NDArray[np.int64], before: int | None = None
+    rows: _Block,
+    columns: _Block,
+    cos_B: Float32s,
+    best_B: NDArray[np.int64],
+    scratch: Float32s,
+    before: int | None = None,
 ) -> None:
     """Update each row's largest cosine, and the earliest row that has it, in place, by `columns`, all of them earlier.
 
     With `before`, row b by the first `before` + b columns only. Blocks of columns must come in order: an equal cosine
     further on is not nearer.
     """
-    place_P = candidates(rows.vec, columns.vec, cos_B, before)
+    place_P = candidates(rows.vec, columns.vec, cos_B, before, scratch)
     if not len(place_P):
         return
     row_P, column_P = np.divmod(place_P, len(columns.row))
