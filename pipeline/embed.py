@@ -67,7 +67,7 @@ class Embed:
     spare: tuple[Any, ...] = ()
     file: str | None = field(default=None, metadata={"place": True})
     name: ClassVar[str] = "embed"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     outputs: ClassVar[tuple[str, ...]] = ("vectors", "scores")
     exact: ClassVar[bool] = False
 
@@ -192,9 +192,10 @@ def framer(framings: Sequence[Framing], fast: bool) -> Callable[[bytes | None], 
 
     Args:
         framings: what the models need.
-        fast: whether a JPEG may be decoded at a fraction of its size, as long as it stays larger than every frame.
+        fast: whether a JPEG may be decoded at a fraction of its size, as long as it stays larger than every frame, and
+            an image be cut before it is resized.
     """
-    steps = [framing.build() for framing in framings]
+    steps = [framing.build(fast) for framing in framings]
     at_least_px = max(side for framing in framings for side in framing.size) if fast else None
 
     def frame(stored: bytes | None) -> Framed:

@@ -217,13 +217,22 @@ def test_equal_framings_share_their_frames() -> None:
     assert [frame.shape for frame in framed] == [(32, 32, 3), (48, 48, 3)]
 
 
-def test_a_fast_decode_is_close_and_only_of_large_jpegs() -> None:
+@pytest.mark.parametrize(
+    ("size", "same"),
+    [
+        pytest.param((640, 480), False, id="scaled and cut"),
+        pytest.param((41, 50), False, id="cut before it is resized"),
+        pytest.param((40, 40), True, id="nothing to cut"),
+        pytest.param((31, 50), True, id="smaller than the frame"),
+    ],
+)
+def test_a_fast_frame_is_close_and_only_of_larger_images(size: tuple[int, int], same: bool) -> None:
     framing = Framing((32, 32), "bicubic", "shortest", 0)
-    for data, same in [(stored(picture(1, 640, 480)), False), (stored(picture(1, 40, 50)), True)]:
-        exact, fast = (framer([framing], fast=fast)(data) for fast in (False, True))
-        assert isinstance(exact, tuple) and isinstance(fast, tuple)
-        assert np.array_equal(exact[0], fast[0]) == same
-        assert np.abs(exact[0].astype(int) - fast[0]).mean() < 6
+    data = stored(picture(1, *size))
+    exact, fast = (framer([framing], fast=fast)(data) for fast in (False, True))
+    assert isinstance(exact, tuple) and isinstance(fast, tuple)
+    assert np.array_equal(exact[0], fast[0]) == same
+    assert np.abs(exact[0].astype(int) - fast[0]).mean() < 6
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,30 @@ def test_an_rgb_frame_is_what_torchvision_makes_of_a_copy(size: tuple[int, int],
         assert np.array_equal(np.asarray(given), before)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "rows", "columns"),
+    [
+        pytest.param(80, 40, slice(0, 40), slice(20, 60), id="64 x 32, from 16 to 48: at 20 and 60"),
+        pytest.param(40, 57, slice(8, 48), slice(0, 40), id="32 x 45, from 6 to 38: at 7.6 and 48.1"),
+        pytest.param(33, 32, slice(0, 32), slice(0, 32), id="33 x 32, from 0 to 32: as they are"),
+        pytest.param(32, 32, slice(0, 32), slice(0, 32), id="all of it"),
+    ],
+)
+def test_a_fast_frame_is_of_what_becomes_the_middle_square(
+    width: int, height: int, rows: slice, columns: slice
+) -> None:
+    levels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    expected = Framing((32, 32), "bicubic", "squash", 0).build()(levels[rows, columns])
+    for given in (levels, Image.fromarray(levels)):
+        assert np.array_equal(Framing((32, 32), "bicubic", "shortest", 0).build(fast=True)(given), expected)
+
+
+@pytest.mark.parametrize("framing", [FRAMINGS[2], FRAMINGS[3], FRAMINGS[4]])
+def test_what_is_no_square_cut_from_the_middle_is_framed_as_ever(framing: Framing) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (57, 90, 3), np.uint8)
+    assert np.array_equal(framing.build(fast=True)(levels), framing.build()(levels))
+
+
 def test_a_batch_is_normalised_by_hand() -> None:
     frames_BHWC = torch.tensor([[[[0, 255, 51]], [[255, 0, 102]]]], dtype=torch.uint8)
     found = normalised(frames_BHWC, torch.tensor([0.5, 0.25, 0.2]), torch.tensor([0.5, 0.25, 0.1]))
