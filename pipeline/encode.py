@@ -228,7 +228,7 @@ class Framing:
                 if isinstance(image, Image.Image) and image.mode == "RGB":
                     image = np.array(image)
                 if isinstance(image, np.ndarray):
-                    size = _resized_px(*image.shape[:2], resize.size)
+                    size = _resized_px(image.shape[0], image.shape[1], resize.size)
                     if fast and isinstance(resize.size, int) and resize.size <= min(image.shape[:2]):
                         return _resized(_cut(image, size, resize.size), self.size, resize)
                     return _resized(image, size, resize, steps[:-1])

@@ -72,8 +72,8 @@ class Machine(BaseModel):
     image_batch: Annotated[int, Field(ge=1)] = 64
     text_batch: Annotated[int, Field(ge=1)] = 256
     fast_decode: bool = False
-    """Scaled JPEG decode, and images cut before they are resized: faster, and farther from the pixels of open_clip's own
-    transform, which are met to within one level otherwise. Belongs to the embeddings' key."""
+    """Scaled JPEG decode, and images cut before they are resized: faster, and farther from the pixels of open_clip's
+    own transform, which are met to within one level otherwise. Belongs to the embeddings' key."""
     unit_deadline_s: Annotated[float, Field(gt=0)] = 3600.0
     """A unit that takes longer is killed and tried once more elsewhere, then named."""
     storage_options: Annotated[dict[str, dict[str, Any]], Field(repr=False)] = {}
