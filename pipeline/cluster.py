@@ -204,7 +204,7 @@ class Train:
     seed: int
 
     name: ClassVar[str] = "cluster_train"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     outputs: ClassVar[tuple[str, ...]] = ("centroids",)
     exact: ClassVar[bool] = False  # the first centroids: FAISS's float32 sums differ between processors
 

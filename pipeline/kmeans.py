@@ -17,7 +17,7 @@ from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
 PLUS_PLUS_CLUSTERS = 1024  # k-means++ costs K passes over the sample, one centroid at a time
-LAST = 5  # the last of so many iterations are over all rows
+LAST = 5  # of so many iterations the last is over all rows
 SOME = 2  # the others over one in so many,
 FEW = 4  # or in so many, where these are
 FEW_PER_CLUSTER = 250  # for each cluster: a quarter of 400 for each lost 0.3% of the objective, a half nothing
@@ -63,7 +63,7 @@ def train(
     gpu = gpu and faiss.get_num_gpus() > 0
     first_SD = sample_MD[:: 1 if gpu else _most(len(sample_MD), k)]
     centroid_KD = _by_faiss(first_SD, k, iterations - 1 if gpu else 0, seed, threads, gpu)
-    last = 1 if gpu else -(-iterations // LAST)
+    last = 1 if gpu else over_all(iterations)
     phases = [(stride(len(sample_MD), k), 0 if gpu else iterations - last), (1, last)]
     bf16 = pays(sample_MD.size * k)
     cluster_M = np.full(len(sample_MD), -1, np.int32)
@@ -84,6 +84,11 @@ def train(
                 if not phase or step < count - 1:
                     centroid_KD = split(centroid_KD, size_K)
     return centroid_KD, np.array(distance_I)
+
+
+def over_all(iterations: int) -> int:
+    """How many of the iterations, the last ones, are over all rows of a sample: a fifth, rounded, and one at least."""
+    return max(1, round(iterations / LAST))
 
 
 def stride(rows: int, k: int) -> int:

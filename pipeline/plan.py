@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS
 from pipeline.costs import embedding_seconds, verdict
-from pipeline.kmeans import LAST, stride
+from pipeline.kmeans import over_all, stride
 from pipeline.recipe import Network, Recipe, Rule
 from pipeline.schema import GROUP_UNITS
 from pipeline.select.cut import Cut
@@ -291,7 +291,7 @@ def shapes(recipe: Recipe, facts: Facts) -> dict[int, Shape]:
 
 def rounds(rows: int, k: int, iterations: int) -> float:
     """How often k-means goes through its sample: its first iterations are over some of the rows."""
-    last = -(-iterations // LAST)
+    last = over_all(iterations)
     return last + (iterations - last) / stride(rows, k)
 
 

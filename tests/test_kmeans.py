@@ -208,6 +208,10 @@ def test_the_first_steps_are_on_a_quarter_of_many_rows_on_half_of_fewer_and_on_a
     assert [kmeans.stride(rows, 4) for rows in (4000, 3999, 64, 63, 1)] == [4, 2, 2, 1, 1]
 
 
+def test_a_fifth_of_the_iterations_and_one_at_least_are_over_all_rows():
+    assert [kmeans.over_all(iterations) for iterations in (1, 2, 6, 7, 8, 10, 20)] == [1, 1, 1, 1, 2, 2, 4]
+
+
 def test_every_row_of_the_sample_is_used():
     """FAISS alone would draw 256 rows per centroid, and is given eight here."""
     vec_ND = unit_rows(8, 3000, 4)
@@ -217,8 +221,8 @@ def test_every_row_of_the_sample_is_used():
 
 
 def test_the_last_fifth_of_the_iterations_are_exact_lloyd_steps_over_all_rows(blobs):
-    start_KD = kmeans.train(blobs, 12, 5, seed=1, threads=1)[0]
-    centroid_KD, objective_I = kmeans.train(blobs, 12, 6, seed=1, threads=1)
+    start_KD = kmeans.train(blobs, 12, 7, seed=1, threads=1)[0]
+    centroid_KD, objective_I = kmeans.train(blobs, 12, 8, seed=1, threads=1)
     assert len(objective_I) == 2
     cluster_N, distance_N = kmeans.nearest(blobs, start_KD)
     assert objective_I[1] == pytest.approx(distance_N.mean(), rel=1e-4)
@@ -257,7 +261,7 @@ def test_one_iteration_moves_the_first_centroids_by_every_row():
 )
 def test_degenerate_samples_give_k_unit_centroids_and_no_warning(n, distinct, k, capfd):
     vec_ND = unit_rows(n, n, 6, distinct)
-    centroid_KD, objective_I = kmeans.train(vec_ND, k, 6, seed=0, threads=1)
+    centroid_KD, objective_I = kmeans.train(vec_ND, k, 8, seed=0, threads=1)
     assert centroid_KD.shape == (k, 6)
     assert np.allclose(vectors.norms(centroid_KD), 1, atol=1e-6)
     assert objective_I.shape == (2,) and np.isfinite(objective_I).all()
