@@ -259,7 +259,10 @@ def _resized(
 
 
 def _cut(levels_HWC: Uint8s, size: Sequence[int], side: int) -> Uint8s:
-    """What becomes the middle `side` x `side` px of an image that is resized to `size`; edges are rounded to pixels."""
+    """What becomes the middle `side` x `side` px of an image that is resized to `size`, px (height, width).
+
+    Edges are rounded to pixels of the image, so it need not be square.
+    """
     edges = []
     for whole, resized in zip(levels_HWC.shape[:2], size, strict=True):
         first = round((resized - side) / 2)  # as torchvision's CenterCrop

@@ -289,7 +289,8 @@ def _of_bf16(
     if before is not None:
         _hide_later(bits_BC, before, 0)
     largest_BW = _folded(bits_BC)
-    # The least float32 that rounds to the largest: half a step of bfloat16 below it.
+    # The least float32 that rounds to the largest: half a step of bfloat16 below it. What is not positive becomes next
+    # to nothing, and the bound leaves nothing of that.
     top_B = ((np.maximum(largest_BW.max(axis=1), 1).astype(np.int32) << 16) - 2**15).view(np.float32)
     rounded_B = rows.lost * columns.norm.max() + rows.norm * columns.lost.max()
     off_B = np.float32(1.01) * rounded_B + 2 * _off(rows, columns)

@@ -1,9 +1,9 @@
 """The largest cosine to an earlier row inside clusters, against the product that it cannot do without, and the peer's.
 
 The limit is the product of each cluster's upper triangle, n^2 / 2 cosines, in float32 and in bfloat16 where the
-processor is faster at it; beside each stands how many rows that product alone would decide otherwise, so which of them
-is a limit for the same decisions. The peer is the dense form of SemDeDup's code: the whole matrix in float32, its upper
-triangle, the maximum of each column.
+processor is faster at it. Beside each stands how many rows that product alone would decide otherwise: none, where it is
+the limit of work that keeps the decisions. The peer is the dense form of SemDeDup's code: the whole matrix in float32,
+its upper triangle, the maximum of each column.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROWS, DIMS, CLUSTERS = 100_000, 512, 12
 COPIES = 0.2  # of the rows: another row of their cluster, changed to a cosine of 0.9 to 1
 PAIRS, PEER_PAIRS = 5, 3
 PRECISIONS = (torch.float32, torch.bfloat16) if bf16_flags() else (torch.float32,)
-EPSILON = 0.05
+EPSILON = 0.05  # of the decisions
 GEMM_ROWS = 4096
 
 

@@ -142,12 +142,11 @@ def greedy(
         bf16 = pays(len(vec_ND) ** 2 * _dims(vec_ND) // 2)
     cos_N, best_N = _nothing(len(vec_ND))
     kept = np.zeros(0, np.int64)
-    scratch = np.empty(block_rows**2, np.float32)
     for start in range(0, len(vec_ND), block_rows):
         rows = _block(vec_ND, np.arange(start, min(start + block_rows, len(vec_ND))), bf16)
         cos_B, best_B = cos_N[start : start + block_rows], best_N[start : start + block_rows]
         for begin in range(0, len(kept), block_rows):
-            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B, scratch)
+            _nearer(rows, _block(vec_ND, kept[begin : begin + block_rows], bf16), cos_B, best_B)
         cos_BB = all_cosines(rows.vec.vec, rows.vec.vec)
         kept_B = np.zeros(len(rows.row), np.bool_)
         for here in range(len(rows.row)):
@@ -233,13 +232,13 @@ def _nearer(
     columns: _Block,
     cos_B: Float32s,
     best_B: NDArray[np.int64],
-    scratch: Float32s,
+    scratch: Float32s | None = None,
     before: int | None = None,
 ) -> None:
     """Update each row's largest cosine, and the earliest row that has it, in place, by `columns`, all of them earlier.
 
     With `before`, row b by the first `before` + b columns only. Blocks of columns must come in order: an equal cosine
-    further on is not nearer.
+    further on is not nearer. `scratch` as `candidates` has it.
     """
     place_P = candidates(rows.vec, columns.vec, cos_B, before, scratch)
     if not len(place_P):
