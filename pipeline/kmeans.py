@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import vectors
-from pipeline.products import add_rows, candidates, each_alone, operand, pays
+from pipeline.products import TILE, add_rows, candidates, each_alone, operand, pays
 from pipeline.vectors import Float16s, Float32s, Float64s, Floats
 
 GRID = 2.0**24
@@ -23,7 +23,7 @@ FEW = 4  # or in so many, where these are
 FEW_PER_CLUSTER = 250  # for each cluster: a quarter of 400 for each lost 0.3% of the objective, a half nothing
 LEAST_PER_CLUSTER = 8  # rows that these have for each cluster at least, where there are
 SPLIT = 2.0**-10
-BLOCK_ROWS, LEAST_ROWS = 2048, 256
+BLOCK_ROWS, LEAST_ROWS = 1024, 256  # 2 MiB of products of 500, as bfloat16 of twice the rows
 GEMM_CELLS = 2**22  # products held at a time, 8 or 16 MiB, where that leaves LEAST_ROWS
 SUM_ROWS = 1024  # 4 MiB of float64 at 512 dims
 DENSE = 8  # centroids per row that can be nearest, above which one float64 product is cheaper than pairs
@@ -195,7 +195,7 @@ def nearest(
     Args:
         vec_ND: float16, shape (N, D), stored unit rows.
         centroid_KD: float32, shape (K, D), unit rows on the grid.
-        block_rows: rows compared at a time, at least 1; changes speed and memory only.
+        block_rows: rows compared at a time, at least 1, of bfloat16 twice as many; changes speed and memory only.
         bf16: multiply bfloat16 first; None: where the processor is faster at it and the work is large.
 
     Returns:
@@ -223,14 +223,15 @@ def _assigned(
     clusters, norm_K = len(centroid_KD), vectors.norms(centroid_KD)
     if bf16 is None:
         bf16 = pays(len(vec_ND) * centroid_KD.size)
-    columns = operand(centroid_KD, bf16)
-    block_rows = min(block_rows, max(LEAST_ROWS, GEMM_CELLS // clusters))
+    columns, rows = operand(centroid_KD, bf16), None
+    block_rows = min(block_rows * (2 if bf16 else 1), max(LEAST_ROWS, GEMM_CELLS // clusters // TILE * TILE))
+    scratch = np.empty(min(block_rows, len(vec_ND)) * clusters, np.float32)
     for start in range(0, len(vec_ND), block_rows):
         block = slice(start, start + block_rows)
-        rows = operand(vec_ND[block], bf16, measured=False)
+        rows = operand(vec_ND[block], bf16, measured=False, into=rows)
         if not rows.norm.all():
             raise ValueError(f"row {start + int(np.argmin(rows.norm > 0))} has no direction and so no nearest centroid")
-        place_P = candidates(rows, columns)
+        place_P = candidates(rows, columns, scratch=scratch)
         if len(place_P) > DENSE * len(rows.vec):
             cos_BK = rows.vec.astype(np.float64) @ centroid_KD.T.astype(np.float64)
             cos_BK /= vectors.norms(rows.vec)[:, None] * norm_K

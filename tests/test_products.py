@@ -1,5 +1,6 @@
 """Products with a bound: nothing that can be the largest is left out, in either precision, and little else remains."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -165,6 +166,38 @@ def test_a_part_of_an_operand_is_that_of_its_rows():
     whole, part = products.operand(vec_ND, bf16=True)[5:9], products.operand(vec_ND[5:9], bf16=True)
     assert np.array_equal(whole.vec, part.vec) and np.array_equal(whole.norm, part.norm)
     assert np.array_equal(whole.lost, part.lost) and bool((whole.low == part.low).all())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_memory_of_an_earlier_operand_is_written_over(bf16):
+    first_ND, then_ND = vectors.unit16(unit_rows(1, 700, 8, 1))[0], vectors.unit16(unit_rows(2, 600, 8, 1))[0]
+    first = products.operand(first_ND, bf16)
+    found, wanted = products.operand(then_ND, bf16, into=first), products.operand(then_ND, bf16)
+    assert np.shares_memory(found.vec, first.vec) and len(found.vec) == len(found.norm) == len(found.lost) == 600
+    assert np.array_equal(found.vec, then_ND.astype(np.float32)) and np.array_equal(found.norm, wanted.norm)
+    assert np.array_equal(found.lost, wanted.lost) and found.lost.any() == bf16
+    if bf16:
+        assert torch.equal(found.low, torch.from_numpy(then_ND).float().bfloat16())
+
+
+def test_rows_are_widened_alike_without_torch(monkeypatch):
+    vec_ND = vectors.unit16(unit_rows(3, 300, 8, 1))[0]
+    vec_ND.setflags(write=False)
+    by_torch = products.operand(vec_ND, False)
+    monkeypatch.delitem(sys.modules, "torch")
+    by_numpy = products.operand(vec_ND, False)
+    assert np.array_equal(by_torch.vec, by_numpy.vec) and np.array_equal(by_torch.norm, by_numpy.norm)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_columns_that_fill_a_tile_are_never_found(turned):
+    vec_ND = vectors.widened(vectors.unit16(np.random.default_rng(4).normal(size=(71, 16)))[0])
+    few, many = products.operand(vec_ND[:37], True), products.operand(vec_ND, True)
+    rows, columns = (few, many) if turned else (many, few)
+    place_P = products.candidates(rows, columns)
+    row_P, column_P = np.divmod(place_P, len(columns.vec))
+    assert np.array_equal(np.unique(row_P), np.arange(len(rows.vec)))
+    assert set(zip(range(37), range(37), strict=True)) <= set(zip(row_P.tolist(), column_P.tolist(), strict=True))
 
 
 def test_small_products_do_not_pay_for_an_import():
