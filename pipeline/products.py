@@ -29,7 +29,7 @@ BF16_WORK = 2**33
 DENSE = 8  # places per row that remain of a bfloat16 product, above which a float32 product is cheaper than pairs
 EPS32, EPS16 = 2.0**-24, 2.0**-8  # half a unit in the last place, relative
 TILE = 32  # columns that a processor's bfloat16 unit multiplies at a time: a third faster where nothing remains
-CACHED_ROWS = 128  # 256 KiB of float32 at 512 dims: in a second cache while they are converted and measured
+CONVERTED_ROWS = 2048  # 4 MiB of float32 at 512 dims: of fewer, threads wait for each other between the calls
 FOLD, LEAST_STRETCH = 8, 256
 
 Number = TypeVar("Number", np.float32, np.int16)
@@ -102,8 +102,8 @@ def operand(vec_ND: Float16s | Float32s, bf16: bool, measured: bool = True, into
         wide_ND = cast("Float32s", vec_ND)
         return Operand(wide_ND, _norms(wide_ND), None, np.zeros(len(vec_ND), np.float32))
     made = (_memory(vec_ND.shape, bf16) if into is None else into)[: len(vec_ND)]
-    for start in range(0, len(vec_ND), CACHED_ROWS):
-        block = slice(start, start + CACHED_ROWS)
+    for start in range(0, len(vec_ND), CONVERTED_ROWS):
+        block = slice(start, start + CONVERTED_ROWS)
         few = made[block]
         _widen(vec_ND[block], few)
         few.norm[...] = _norms(few.vec)

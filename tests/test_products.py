@@ -170,10 +170,10 @@ def test_a_part_of_an_operand_is_that_of_its_rows():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_memory_of_an_earlier_operand_is_written_over(bf16):
-    first_ND, then_ND = vectors.unit16(unit_rows(1, 700, 8, 1))[0], vectors.unit16(unit_rows(2, 600, 8, 1))[0]
+    first_ND, then_ND = vectors.unit16(unit_rows(1, 2700, 8, 1))[0], vectors.unit16(unit_rows(2, 2600, 8, 1))[0]
     first = products.operand(first_ND, bf16)
     found, wanted = products.operand(then_ND, bf16, into=first), products.operand(then_ND, bf16)
-    assert np.shares_memory(found.vec, first.vec) and len(found.vec) == len(found.norm) == len(found.lost) == 600
+    assert np.shares_memory(found.vec, first.vec) and len(found.vec) == len(found.norm) == len(found.lost) == 2600
     assert np.array_equal(found.vec, then_ND.astype(np.float32)) and np.array_equal(found.norm, wanted.norm)
     assert np.array_equal(found.lost, wanted.lost) and found.lost.any() == bf16
     if bf16:
