@@ -242,7 +242,12 @@ def _beside(dot_BC: Float32s, first_B: NDArray[np.int64], top_B: Float32s, enoug
     One more pass, for the second largest of each row, takes less than to compare all; `dot_BC` is overwritten.
 
     Args:
-        first_B, top_B: where each row's largest value is, and the value.
+        dot_BC: float32, shape (B, C).
+        first_B, top_B: int64 and float32, shape (B,): where each row's largest value is, and the value.
+        enough_B: float32, shape (B,): `_enough`.
+
+    Returns:
+        int64, shape (P,): row x C + column.
     """
     row_B, columns = np.arange(len(first_B)), dot_BC.shape[1]
     dot_BC[row_B, first_B] = -np.inf
@@ -325,13 +330,13 @@ def _of_bf16(
     # The second factor is packed for each product: the smaller one.
     turned = len(rows.low) < len(columns.low)
     a, b = (columns.low, rows.low) if turned else (rows.low, columns.low)
-    few = len(b)
-    if few > TILE and few % TILE:
-        b = torch.nn.functional.pad(b, (0, 0, 0, -few % TILE))
+    width = len(b)
+    if width > TILE and width % TILE:  # less than twice as wide, so that bfloat16 still fits `scratch`
+        b = torch.nn.functional.pad(b, (0, 0, 0, -width % TILE))
     held = None if scratch is None else _shaped(scratch.view(np.int16), len(a), len(b))
     out = torch.mm(a, b.T, out=None if held is None else torch.from_numpy(held).view(torch.bfloat16))
     # Positive floats are in the order of their bits, and as integers all negative ones are below them.
-    bits = out[:, :few].view(torch.int16).numpy()
+    bits = out[:, :width].view(torch.int16).numpy()
     bits_BC = bits.T if turned else bits
     if before is not None:
         _hide_later(bits_BC, before, 0)
