@@ -23,8 +23,9 @@ from pipeline.vectors import DOT_ROWS, Float16s, Float32s, Float64s, widened
 if TYPE_CHECKING:
     import torch
 
-BF16_WORK = 2**33
-"""Multiplications below which it does not pay to import torch, which takes a second or two."""
+BF16_WORK, LOADED_WORK = 2**32, 2**28
+"""Multiplications of one call below which bfloat16 does not pay: where torch must be imported first, which takes as
+long as some dozens of such calls save; and where it is there already."""
 
 DENSE = 8  # places per row that remain of a bfloat16 product, above which a float32 product is cheaper than pairs
 EPS32, EPS16 = 2.0**-24, 2.0**-8  # half a unit in the last place, relative
@@ -59,8 +60,8 @@ class Operand:
 
 
 def pays(work: int) -> bool:
-    """Whether bfloat16 is worth its import for so many multiplications."""
-    return work >= BF16_WORK and bool(bf16_flags())
+    """Whether bfloat16 is worth its cost for so many multiplications of one call, of which a process has many."""
+    return work >= (LOADED_WORK if "torch" in sys.modules else BF16_WORK) and bool(bf16_flags())
 
 
 @contextmanager

@@ -200,9 +200,12 @@ def test_columns_that_fill_a_tile_are_never_found(turned):
     assert set(zip(range(37), range(37), strict=True)) <= set(zip(row_P.tolist(), column_P.tolist(), strict=True))
 
 
-def test_small_products_do_not_pay_for_an_import():
-    assert not products.pays(products.BF16_WORK - 1)
-    assert products.pays(products.BF16_WORK) == bool(bf16_flags())
+@pytest.mark.parametrize(("loaded", "least"), [(True, products.LOADED_WORK), (False, products.BF16_WORK)])
+def test_small_products_do_not_pay_for_bfloat16_and_still_less_for_an_import(monkeypatch, loaded, least):
+    if not loaded:
+        monkeypatch.delitem(sys.modules, "torch")
+    assert not products.pays(least - 1)
+    assert products.pays(least) == bool(bf16_flags())
 
 
 def test_threads_of_a_pool_multiply_alone_and_others_as_before():

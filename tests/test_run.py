@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Barrier
 
 import numpy as np
@@ -476,25 +477,28 @@ def test_a_shuffle_groups_rows_by_destination_in_the_order_of_their_origin_howev
     sent: Sent, group: int, piece: int
 ) -> None:
     """`piece`: rows of a table where they come by and by; 0: as one table."""
-    store = Root("memory://shuffle")
-    files = []
-    for at, rows in enumerate(sent):
+    blobs = []
+    for rows in sent:
         to, value = ([row[i] for row in rows] for i in (0, 1))
         table = pa.table({"to": pa.array(to, pa.int32()), "value": pa.array(value, pa.int64())})
         out = io.BytesIO()
         tables = (table.slice(first, piece) for first in range(0, len(rows), piece or 1))
         assert to_shuffle(tables if piece else table, 5, out) == len(rows)
-        data = out.getvalue()
-        store.write(f"{at}", data)
-        files.append(File(f"{at}", digest([at, rows]), len(data), len(rows), buckets=5))
+        blobs.append(out.getvalue())
+    sizes = [(len(rows), len(data)) for rows, data in zip(sent, blobs, strict=True)]
+    files = [File(f"{at}", digest([at]), size, rows, buckets=5) for at, (rows, size) in enumerate(sizes)]
     dataset = Dataset("sent", "key", tuple(Part(f"{at}", (file,)) for at, file in enumerate(files)))
     shuffled = dataset.grouped(group).shuffled(5)
     assert len(shuffled) == 5
-    for bucket, part in enumerate(shuffled.parts):
-        expected = [value for rows in sent for to, value in rows if to == bucket]
-        table = StoredRows(store, part).table()
-        assert (table.column("value").to_pylist() if table.num_columns else []) == expected
-        assert part.id == dataset.shuffled(5).parts[bucket].id
+    with TemporaryDirectory() as folder:
+        for store in (Root("memory://shuffle"), Root(folder)):
+            for at, data in enumerate(blobs):
+                store.write(f"{at}", data)
+            for bucket, part in enumerate(shuffled.parts):
+                expected = [value for rows in sent for to, value in rows if to == bucket]
+                table = StoredRows(store, part).table()
+                assert (table.column("value").to_pylist() if table.num_columns else []) == expected
+                assert part.id == dataset.shuffled(5).parts[bucket].id
 
 
 def test_what_many_files_hold_for_a_bucket_is_fetched_side_by_side() -> None:
