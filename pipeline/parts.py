@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import struct
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,41 @@ class _OnDemand(Sequence[T]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
 
+@dataclass(slots=True, eq=False)
+class Texts(_OnDemand[str]):
+    """Texts in one piece of memory, one after the other: 16 bytes and their UTF-8 each, where a str takes 60 more.
+
+    Attributes:
+        utf8: of all, the same text once where it repeats the one before.
+        starts, ends: of each in `utf8`.
+    """
+
+    utf8: bytearray = field(default_factory=bytearray)
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    ends: array[int] = field(default_factory=lambda: array("q"))
+
+    def append(self, text: str) -> None:
+        """Hold one more."""
+        if not self.ends or self[-1] != text:
+            self.starts.append(len(self.utf8))
+            self.utf8 += text.encode()
+        else:
+            self.starts.append(self.starts[-1])
+        self.ends.append(len(self.utf8))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Texts: ...
+    def __getitem__(self, at: int | slice) -> str | Texts:
+        if isinstance(at, slice):
+            return Texts(self.utf8, self.starts[at], self.ends[at])
+        return self.utf8[self.starts[at] : self.ends[at]].decode()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Committed(_OnDemand[File]):
     """The files of one output of a stage, one for each part: 68 bytes and their facts, where a File takes 600.
@@ -107,14 +143,14 @@ class Committed(_OnDemand[File]):
     Attributes:
         stage, output: what made them.
         packed: so many PACKED.
-        facts: of each file; the same list for all outputs of a stage.
+        facts: of each file; the same for all outputs of a stage.
         bucket: of all of them (File).
     """
 
     stage: str
     output: str
     packed: bytes | bytearray
-    facts: Sequence[str]
+    facts: Texts
     bucket: int | None = None
 
     def __len__(self) -> int:

@@ -46,6 +46,7 @@ from pipeline.parts import (
     Listed,
     Part,
     StoredRows,
+    Texts,
     canonical,
     digest,
     part_path,
@@ -853,11 +854,10 @@ def files_of(stage: str, outputs: Sequence[str], receipts: Iterable[Receipt], co
     Raises:
         ValueError: there are not `count` of them.
     """
-    facts: list[str] = []
+    facts = Texts()
     packed = {output: bytearray(count * PACKED.size) for output in outputs}  # at once: one that grows takes more
     for at, receipt in zip(range(count), receipts, strict=True):
-        text = _facts(receipt)
-        facts.append(facts[-1] if facts and facts[-1] == text else text)
+        facts.append(_facts(receipt))
         for output, rows in packed.items():
             f = receipt["files"][output]
             key, sha256 = bytes.fromhex(receipt["key"]), bytes.fromhex(f["sha256"])

@@ -36,6 +36,7 @@ from pipeline.parts import (
     Listed,
     Part,
     StoredRows,
+    Texts,
     _Entry,
     _together,
     canonical,
@@ -561,6 +562,23 @@ def test_parquet_bytes_depend_on_the_rows_alone() -> None:
     assert to_parquet(whole) == to_parquet(pieces)
 
 
+def texts(values: Sequence[str]) -> Texts:
+    held = Texts()
+    for value in values:
+        held.append(value)
+    return held
+
+
+@cases(st.lists(st.sampled_from(["", "{}", '{"n":1}', '{"name":"Grüße, 世界"}']), max_size=8), st.data())
+def test_texts_in_one_piece_are_those_that_were_appended(values: list[str], data: st.DataObject) -> None:
+    held, bounds = texts(values), st.integers(-len(values), len(values))
+    piece = slice(data.draw(bounds), data.draw(bounds))
+    assert held == values and list(held[piece]) == values[piece]
+    assert [held[at] for at in range(-len(values), len(values))] == 2 * values
+    runs = [value for at, value in enumerate(values) if not at or value != values[at - 1]]
+    assert held.utf8.decode() == "".join(runs)
+
+
 def listed(files: int) -> tuple[Dataset, Dataset]:
     """The same files as columns, and as values one by one."""
     keys, digests = ([digest([kind, i]) for i in range(files)] for kind in ("key", "content"))
@@ -574,7 +592,7 @@ def listed(files: int) -> tuple[Dataset, Dataset]:
         Part(name, (File(part_path("sent", "rows", keys[i], digests[i] * 2), digests[i] * 2, 10 + i, i, facts[i], 5),))
         for i, name in enumerate(names)
     )
-    columns = Committed("sent", "rows", packed, facts)
+    columns = Committed("sent", "rows", packed, texts(facts))
     with pytest.raises(ValueError, match="no step of 2"):
         columns[::2]
     return Dataset("sent", "key", Listed(names, columns)), Dataset("sent", "key", plain)
@@ -583,7 +601,7 @@ def listed(files: int) -> tuple[Dataset, Dataset]:
 def test_a_file_as_columns_is_the_file() -> None:
     content = "ab" * 32
     packed = PACKED.pack(bytes.fromhex("0f" * 16), bytes.fromhex(content), 7, 3, 2)
-    (file,) = Committed("sent", "rows", packed, ["{}"])
+    (file,) = Committed("sent", "rows", packed, texts(["{}"]))
     assert file == File(f"parts/sent/0f/{'0f' * 16}-rows-abababababababab", content, 7, 3, "{}", 2)
 
 
