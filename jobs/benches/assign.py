@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.benches.cores import Pairs, on_every_core
-from jobs.benches.measure import Row, paired, seconds
+from jobs.benches.measure import RUNS, Row, paired, seconds
 from pipeline.kmeans import clusters_of, nearest, on_grid, partial_sums, recentre
 from pipeline.machine import bf16_flags, keep_freed_memory
 from pipeline.vectors import Float16s, Float32s, norms, unit16
@@ -22,7 +22,6 @@ from pipeline.vectors import Float16s, Float32s, norms, unit16
 ROWS, DIMS = 200_000, 512
 CLUSTERS = (500, 4000)
 FAMILIES = 3000
-PAIRS = 5
 GEMM_ROWS, CHECKED_ROWS = 4096, 1024
 
 
@@ -43,7 +42,7 @@ def rates(k: int, bf16: bool, work: Callable[..., object], number: int, cores: i
     centroid_KD = mean_of_some(vec_ND, k)
     check(vec_ND, centroid_KD, bf16)
     pairs = []
-    for _ in range(PAIRS):
+    for _ in range(RUNS):
         peak = float32_rows(centroid_KD)
         pairs.append((len(vec_ND) / seconds(lambda: work(vec_ND, centroid_KD, bf16=bf16)), peak))
     return pairs

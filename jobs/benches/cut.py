@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from jobs.benches.measure import Row, paired, peak_rss_bytes, seconds, within
+from jobs.benches.measure import RUNS, Row, paired, peak_rss_bytes, seconds, within
 from pipeline import exact
 from pipeline.arrow import fixed
 from pipeline.exact import Counts, Keys
@@ -44,7 +44,6 @@ from pipeline.vectors import from_ordered_bits, ordered_bits
 
 PARTS, PART_ROWS = 100, 1_000_000
 KEEP = 0.3
-PAIRS = 3
 MOST_BYTES = 10**9
 SORTED_ROWS = 1 << 16
 """Undecided rows that are sorted; to count the scores once more takes half as long as to sort the million left."""
@@ -63,7 +62,7 @@ def measure(scratch: Path) -> Iterator[Row]:
         pq.write_table(table, scratch / f"{part:03}.parquet", compression="none", use_dictionary=False)
     keep = int(KEEP * PARTS * PART_ROWS)
     pairs, peaks, over = [], [], 0
-    for _ in range(PAIRS):
+    for _ in range(RUNS):
         own_s, kept, peak = alone(ours, scratch, keep)
         other_s, quantile_kept, _ = alone(theirs, scratch, keep)
         if kept != keep:
@@ -83,7 +82,7 @@ def stepped(scratch: Path, keep: int, name: str) -> Row:
     pairs = []
     try:
         step = step_of(scratch, Run(Root(str(scratch / "store")), Root(str(scratch / "run")), executor, Machine()))
-        for run in range(PAIRS + 1):
+        for run in range(RUNS + 1):
             # A budget that has not been asked for before, of scores that were not ranked; the first starts the workers.
             forget(scratch / "store", Score.name)
             sides = partial(Cut("own", keep - run).apply, step), partial(alone, theirs, scratch, keep)

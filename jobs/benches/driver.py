@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from jobs.benches.measure import Row, alone, peak_rss_bytes, seconds, within
+from jobs.benches.measure import RUNS, Row, alone, peak_rss_bytes, seconds, within
 from pipeline.machine import Machine
 from pipeline.parts import Dataset, given
 from pipeline.ray_executor import RayExecutor
@@ -25,7 +25,7 @@ from pipeline.run import Run
 from pipeline.stage import Function, Made, Rows
 from pipeline.storage import Root
 
-UNITS, RUNS = 20_000, 3
+UNITS = 20_000
 SIZES = (UNITS // 2, UNITS, 2 * UNITS)
 """Units of the stages whose peaks are compared, in this order; below, what each stage takes once is most of it."""
 

@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from jobs.benches.cores import Pairs, on_every_core
-from jobs.benches.measure import Row, paired, seconds
+from jobs.benches.measure import RUNS, Row, paired, seconds
 from pipeline.machine import bf16_flags, keep_freed_memory
 from pipeline.select.dedup import repeats
 from pipeline.vectors import Float16s, unit16
 
 ROWS, DIMS, CLUSTERS = 100_000, 512, 12
 COPIES = 0.2  # of the rows: another row of their cluster, changed to a cosine of 0.9 to 1
-PAIRS, PEER_PAIRS = 5, 3
 PRECISIONS = (torch.float32, torch.bfloat16) if bf16_flags() else (torch.float32,)
 EPSILON = 0.05  # of the decisions
 GEMM_ROWS = 4096
@@ -53,7 +52,7 @@ def beside_the_product(dtype: torch.dtype, number: int, cores: int) -> Pairs:
     """Cosines per second of one core on its clusters: ours, and of the product alone."""
     clusters = clusters_of(number, cores)
     pairs = []
-    for _ in range(PAIRS):
+    for _ in range(RUNS):
         limit = gemm_rate(dtype) / (2 * DIMS)
         pairs.append((rate(repeats, clusters), limit))
     return pairs
@@ -62,7 +61,7 @@ def beside_the_product(dtype: torch.dtype, number: int, cores: int) -> Pairs:
 def beside_the_dense_form(number: int, cores: int) -> Pairs:
     """The same beside the peer."""
     clusters = clusters_of(number, cores)
-    return [(rate(repeats, clusters), rate(dense, clusters)) for _ in range(PEER_PAIRS)]
+    return [(rate(repeats, clusters), rate(dense, clusters)) for _ in range(RUNS)]
 
 
 def rate(work: Callable[[Float16s], object], clusters: list[Float16s]) -> float:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from jobs.benches import copy
-from jobs.benches.measure import Row, paired, seconds
+from jobs.benches.measure import RUNS, Row, paired, seconds
 from jobs.benches.memory import write_vectors
 from pipeline.curate import curate
 from pipeline.embed import embed
@@ -41,7 +41,6 @@ from pipeline.recipe import recipe_of
 from pipeline.run import Run
 from pipeline.storage import Root
 
-RUNS = 3
 PRODUCTS, COPIES, WRITES = 160, 3, 4
 """Products, copies of the pool and writes of what it keeps that are timed as one."""
 
