@@ -80,7 +80,14 @@ def test_calls_of_ray_that_fail_change_nothing(tmp_path: Path, record_property: 
     pool = datacomp_pool(tmp_path / "pool", 6, 20, 1)
     Curation(pool)(tmp_path / "clean")
     began = time.monotonic()
-    child("tests.crash", str(pool), str(tmp_path / "run"), RAY_testing_rpc_failure=json.dumps(CHAOS))
+    for last in (False, False, True):
+        try:
+            child("tests.crash", str(pool), str(tmp_path / "run"), RAY_testing_rpc_failure=json.dumps(CHAOS))
+            break
+        except AssertionError:
+            # Ray's own start makes such calls, too, and may give up on them: once more, as long as no run began.
+            if last or (tmp_path / "run").exists():
+                raise
     seconds = time.monotonic() - began
     assert tree(tmp_path / "run") == tree(tmp_path / "clean")
     record_property("figure", f"2 % of requests and of answers lost, 1 % in flight: same bytes in {seconds:.0f} s")
