@@ -132,7 +132,15 @@ class Texts(_OnDemand[str]):
     def __getitem__(self, at: slice) -> Texts: ...
     def __getitem__(self, at: int | slice) -> str | Texts:
         if isinstance(at, slice):
-            return Texts(self.utf8, self.starts[at], self.ends[at])
+            first, last, step = at.indices(len(self))
+            if step != 1:
+                raise ValueError(f"texts lie in a row: no step of {step}")
+            if first >= last:
+                return Texts()
+            # Its own texts alone, for tasks are sent with their slice.
+            begin, end = self.starts[first], self.ends[last - 1]
+            starts, ends = (array("q", (at - begin for at in each[first:last])) for each in (self.starts, self.ends))
+            return Texts(self.utf8[begin:end], starts, ends)
         return self.utf8[self.starts[at] : self.ends[at]].decode()
 
 

@@ -577,6 +577,10 @@ def test_texts_in_one_piece_are_those_that_were_appended(values: list[str], data
     assert [held[at] for at in range(-len(values), len(values))] == 2 * values
     runs = [value for at, value in enumerate(values) if not at or value != values[at - 1]]
     assert held.utf8.decode() == "".join(runs)
+    # A task is sent with its slice: what that holds must not grow with the pool.
+    assert len(held[piece].utf8) <= sum(len(value.encode()) for value in values[piece])
+    with pytest.raises(ValueError, match="no step of 2"):
+        held[::2]
 
 
 def listed(files: int) -> tuple[Dataset, Dataset]:
