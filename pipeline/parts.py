@@ -129,18 +129,10 @@ class Texts(_OnDemand[str]):
     @overload
     def __getitem__(self, at: int) -> str: ...
     @overload
-    def __getitem__(self, at: slice) -> Texts: ...
-    def __getitem__(self, at: int | slice) -> str | Texts:
-        if isinstance(at, slice):
-            first, last, step = at.indices(len(self))
-            if step != 1:
-                raise ValueError(f"texts lie in a row: no step of {step}")
-            if first >= last:
-                return Texts()
-            # Its own texts alone, for tasks are sent with their slice.
-            begin, end = self.starts[first], self.ends[last - 1]
-            starts, ends = (array("q", (at - begin for at in each[first:last])) for each in (self.starts, self.ends))
-            return Texts(self.utf8[begin:end], starts, ends)
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):  # a task is sent with its slice, which must not hold the rest
+            return [self[i] for i in range(*at.indices(len(self)))]
         return self.utf8[self.starts[at] : self.ends[at]].decode()
 
 
@@ -158,7 +150,7 @@ class Committed(_OnDemand[File]):
     stage: str
     output: str
     packed: bytes | bytearray
-    facts: Texts
+    facts: Sequence[str]
     bucket: int | None = None
 
     def __len__(self) -> int:
