@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,10 +61,13 @@ class Clustering:
         evidence, side = step.space(space)
         k = min(self.clusters, step.survivors)
         rows = max(min(k * self.sample_per_cluster, SAMPLE_ROWS), LEAST_ROWS)
-        fraction = min(1.0, rows / step.survivors)
-        drawn = step.run.map(Draw(side, step.seed, step.name, fraction), evidence, step.samples, step.state)["drawn"]
-        train = Train(k, self.iterations, step.seed)
-        trained = step.run.map(train, drawn.grouped(len(drawn)), gpu=True)["centroids"]
+        if rows < step.survivors or step.listed > SAMPLE_ROWS:
+            by_hash = Draw(side, step.seed, step.name, min(1.0, rows / step.survivors))
+            column, sample = "vector", [step.run.map(by_hash, evidence, step.samples, step.state)["drawn"]]
+        else:  # all of few, read where they are
+            column, sample = side, [evidence, step.state]
+        train = Train(column, k, self.iterations, step.seed)
+        trained = step.run.map(train, *(each.grouped(len(each)) for each in sample), gpu=True)["centroids"]
         centroids, objective = trained, next(trained.facts())["objective"]
         for _ in range(self.passes):
             spread = centroids.spread(len(step.state))
@@ -143,19 +147,30 @@ def _centroids(centroid_KD: np.ndarray, facts: dict[str, Any]) -> Made:
     return Made({"centroids": pa.table({"vector": fixed(centroid_KD)})}, facts)
 
 
-def _survivors(evidence: Rows, side: str, state: Rows) -> Any:
+def _survivors(evidence: Rows, side: str, state: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each unit of a group: the positions of its survivors in the group, and their stored vectors."""
     alive_N = alive(state.table(["dropped_by"]))
     first = 0
     for piece in evidence.pieces([side]):
         mine = np.flatnonzero(alive_N[first : first + piece.num_rows])
-        yield first + mine, unfixed(piece.column(side).take(pa.array(mine)), np.float16)
+        yield first + mine, _vectors(piece.column(side), mine)
         first += piece.num_rows
+
+
+def _vectors(column: pa.ChunkedArray, row_M: np.ndarray) -> np.ndarray:
+    """float16 (M, D) of some ascending rows, without a copy where they are all."""
+    return unfixed(column if len(row_M) == len(column) else column.take(pa.array(row_M)), np.float16)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A sample of the survivors' vectors, chosen by the hash of their uids."""
+    """A sample of the survivors' vectors, chosen by the hash of their uids.
+
+    Attributes:
+        side: image or text.
+        seed, step: of the hash.
+        fraction: of the survivors that are drawn, more or less; 1 takes all.
+    """
 
     side: str
     seed: int
@@ -182,35 +197,49 @@ class Draw:
         return Made({"drawn": pa.table({"vector": pa.chunked_array(drawn)})})
 
 
-def sampled(drawn: Rows) -> np.ndarray:
-    """float16 (M, D) of `Draw`, which are most of what a worker holds that trains on them: never twice."""
-    sample_MD, first = np.empty((0, 0), np.float16), 0
-    for piece in drawn.pieces():
-        vec_PD = unfixed(piece.column("vector"), np.float16)
-        if not first:
-            sample_MD = np.empty((sum(drawn.lengths), vec_PD.shape[1]), np.float16)
+def sampled(rows: Rows, column: str, state: Rows | None = None) -> np.ndarray:
+    """float16 (M, D), which are most of what a worker holds that trains on them: never twice.
+
+    Args:
+        rows: what `Draw` made, or vectors of which the survivors are taken.
+        column: of the vectors.
+        state: tells the survivors; None: all are taken.
+    """
+    alive_N = alive(state.table(["dropped_by"])) if state else np.ones(sum(rows.lengths), np.bool_)
+    sample_MD, first, seen = np.empty((0, 0), np.float16), 0, 0
+    for piece in rows.pieces([column]):
+        vec_PD = _vectors(piece.column(column), np.flatnonzero(alive_N[seen : seen + piece.num_rows]))
+        if not seen:
+            sample_MD = np.empty((np.count_nonzero(alive_N), vec_PD.shape[1]), np.float16)
         sample_MD[first : first + len(vec_PD)] = vec_PD
         first += len(vec_PD)
+        seen += piece.num_rows
         del piece, vec_PD  # before the next is read
     return sample_MD
 
 
 @dataclass(frozen=True)
 class Train:
-    """Centroids of the sample."""
+    """Centroids of the sample.
 
+    Attributes:
+        column: of the vectors: image or text of all survivors; vector of a sample of them.
+        k, iterations, seed: as kmeans.train has them.
+    """
+
+    column: str
     k: int
     iterations: int
     seed: int
 
     name: ClassVar[str] = "cluster_train"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     outputs: ClassVar[tuple[str, ...]] = ("centroids",)
     exact: ClassVar[bool] = False  # the first centroids: FAISS's float32 sums differ between processors
 
     def build(self, machine: Machine) -> Function:
-        def train(drawn: Rows) -> Made:
-            sample_MD = sampled(drawn)
+        def train(rows: Rows, state: Rows | None = None) -> Made:
+            sample_MD = sampled(rows, self.column, state)
             gpu = machine.device != "cpu"
             centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads, gpu)
             return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})

@@ -140,6 +140,18 @@ def test_few_survivors_are_all_trained_on_whatever_the_sample():
     assert few.centroids.parts[0].id == all_.centroids.parts[0].id
 
 
+def test_where_all_are_trained_on_it_makes_no_difference_that_the_pool_is_large(monkeypatch):
+    step = step_of(blobs(300, clusters=3), [70, 200], problem=[0, *range(70, 90), 299])
+    whole = fitted(step, clusters=3, passes=0)
+    assert "cluster_draw" not in {e["stage"] for e in step.run.times}
+    monkeypatch.setattr("pipeline.cluster.SAMPLE_ROWS", 299)
+    drawn = fitted(step, clusters=3, passes=0)
+    assert "cluster_draw" in {e["stage"] for e in step.run.times}
+    [[of_whole], [of_drawn]] = whole.centroids.facts(), drawn.centroids.facts()
+    assert of_whole == of_drawn and of_whole["sample"] == 278
+    assert whole.centroid_file(step) == drawn.centroid_file(step)
+
+
 def test_of_many_survivors_a_sample_by_hash_is_trained_on():
     rows = LEAST_ROWS + 1500
     vec_ND = blobs(rows, dims=2)

@@ -104,7 +104,7 @@ def train(scratch: Path, executor: Executor, number: int) -> int:
     evidence, side = step.space("own")
     fraction = TRAINED * Dedup("own", 0.05).sample_per_cluster / step.survivors
     drawn = step.run.map(Draw(side, 0, step.name, fraction), evidence, step.samples, step.state)["drawn"]
-    centroids = step.run.map(Train(TRAINED, ITERATIONS, number), drawn.grouped(len(drawn)))["centroids"]
+    centroids = step.run.map(Train("vector", TRAINED, ITERATIONS, number), drawn.grouped(len(drawn)))["centroids"]
     return int(next(centroids.facts())["sample"])
 
 
