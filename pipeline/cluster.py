@@ -61,10 +61,10 @@ class Clustering:
         evidence, side = step.space(space)
         k = min(self.clusters, step.survivors)
         rows = max(min(k * self.sample_per_cluster, SAMPLE_ROWS), LEAST_ROWS)
-        if rows < step.survivors or step.listed > SAMPLE_ROWS:
+        if is_drawn(rows, step.survivors, step.listed):
             by_hash = Draw(side, step.seed, step.name, min(1.0, rows / step.survivors))
             column, sample = "vector", [step.run.map(by_hash, evidence, step.samples, step.state)["drawn"]]
-        else:  # all of few, read where they are
+        else:
             column, sample = side, [evidence, step.state]
         train = Train(column, k, self.iterations, step.seed)
         trained = step.run.map(train, *(each.grouped(len(each)) for each in sample), gpu=True)["centroids"]
@@ -103,6 +103,16 @@ class Clusters:
         out = io.BytesIO()
         np.save(out, centroids_of(step.run.rows(self.centroids.parts[0])))
         return out.getvalue()
+
+
+def is_drawn(rows: int, survivors: int, listed: int) -> bool:
+    """Whether a sample to train on is copied; else, being all survivors of a small pool, it is read where it lies.
+
+    Args:
+        rows: to train on; all, where `survivors` are fewer.
+        survivors, listed: rows that enter the step, and those of the pool.
+    """
+    return rows < survivors or listed > SAMPLE_ROWS
 
 
 def health(size_K: np.ndarray, objective: list[float]) -> dict[str, Any]:

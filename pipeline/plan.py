@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS
+from pipeline.cluster import LEAST_ROWS, SAMPLE_ROWS, is_drawn
 from pipeline.costs import embedding_seconds, verdict
 from pipeline.kmeans import over_all, stride
 from pipeline.recipe import Network, Recipe, Rule
@@ -249,7 +249,8 @@ def predict(recipe: Recipe, facts: Facts, speeds: Speeds, capacity: Capacity) ->
         if isinstance(rule, (Dedup, Density)) and shape:
             more, serial = _clustering_seconds(rule, shape, speeds.kernels[number])
             shared, held = shared + more, shape.dims * (2 * shape.sample + CENTROID_BYTES * shape.clusters)
-            step_bytes += 2 * shape.dims * (shape.sample + (shape.rows if isinstance(rule, Dedup) else 0))
+            drawn = shape.sample if is_drawn(shape.sample, shape.rows, facts.rows) else 0
+            step_bytes += 2 * shape.dims * (drawn + (shape.rows if isinstance(rule, Dedup) else 0))
         lines.append(replace(_line(f"{number:02d}-{kind}", shared, capacity, groups, serial), serial_bytes=held))
     alive = entering[-1]
 

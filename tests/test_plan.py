@@ -399,8 +399,8 @@ def test_the_command_prints_work_bytes_money_and_what_it_assumes(
     assert not any("larger pool" in row for row in shown)
 
 
-FIRST = {"judge": "filter", "cluster_draw": "dedup or density", "cut_score": "cut"}
-"""The stage with which a step of a rule begins."""
+FIRST = {"judge": "filter", "cluster_train": "dedup or density", "cut_score": "cut"}
+"""The stage with which a step of a rule begins, where all its survivors are trained on."""
 
 AFTER = {"begin": "decide", "decide": "decide", "show": "decide", "write": "write", "subset": "write"}
 """By the first word of a stage that belongs to no step: its line of a plan."""
