@@ -147,7 +147,7 @@ def test_what_is_kept_follows_from_the_keeps_and_is_said_where_it_does_not(
     assert (plan.kept, plan.unpredictable) == (kept, unpredictable)
 
 
-def test_clustering_by_hand() -> None:
+def test_clustering_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     dedup = {"dedup": {"space": "m", "epsilon": 0.1, "clusters": 9, "iterations": 2}}
     density = {"density": {"space": "m", "clusters": 30, "keep": 0.5, "iterations": 4, "passes": 3}}
     plan = predict(recipe(dedup, density), FACTS, SPEEDS, GPUS)
@@ -165,9 +165,12 @@ def test_clustering_by_hand() -> None:
     assert own.serial_hours == pytest.approx(900 * 30 * 10 * 2.5 / 200 / 3600)
     shared_s = 4 * 135 + 900 * (ENTERED[Density].seconds + 3 * PASS_S)
     assert own.hours - own.serial_hours == pytest.approx(shared_s / 2 / 3600)
-    # Each step keeps the vectors that k-means trained on, dedup those that it compared, too.
-    steps_bytes = 900 * (ENTERED[Dedup].bytes + 40) + 900 * (ENTERED[Density].bytes + 20)
+    # All are trained on, where they lie; dedup keeps those that it compared. Of a larger pool, both keep a copy first.
+    steps_bytes = 900 * (ENTERED[Dedup].bytes + 20) + 900 * ENTERED[Density].bytes
     assert plan.stored["steps and decisions"] == steps_bytes + 1000 * LISTED.bytes
+    monkeypatch.setattr("pipeline.cluster.SAMPLE_ROWS", 999)
+    copied = predict(recipe(dedup, density), FACTS, SPEEDS, GPUS)
+    assert copied.stored["steps and decisions"] == steps_bytes + 900 * (20 + 20) + 1000 * LISTED.bytes
 
 
 @pytest.mark.parametrize(
