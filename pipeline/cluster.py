@@ -106,7 +106,9 @@ class Clusters:
 
 
 def is_drawn(rows: int, survivors: int, listed: int) -> bool:
-    """Whether a sample to train on is copied; else, being all survivors of a small pool, it is read where it lies.
+    """Whether a sample to train on is copied; else, being all survivors, it is read where it lies.
+
+    That is done by one task, which reads the vectors of the whole pool: they must be few.
 
     Args:
         rows: to train on; all, where `survivors` are fewer.
@@ -157,19 +159,21 @@ def _centroids(centroid_KD: np.ndarray, facts: dict[str, Any]) -> Made:
     return Made({"centroids": pa.table({"vector": fixed(centroid_KD)})}, facts)
 
 
-def _survivors(evidence: Rows, side: str, state: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each unit of a group: the positions of its survivors in the group, and their stored vectors."""
-    alive_N = alive(state.table(["dropped_by"]))
+def _survivors(vectors: Rows, column: str, state: Rows | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each file: the positions of its survivors in the part, int64 (M,), and their stored vectors, float16 (M, D).
+
+    Args:
+        vectors: of one file after the other.
+        column: of the vectors.
+        state: of the same rows; None: all survive.
+    """
+    alive_N = alive(state.table(["dropped_by"])) if state else np.ones(sum(vectors.lengths), np.bool_)
     first = 0
-    for piece in evidence.pieces([side]):
-        mine = np.flatnonzero(alive_N[first : first + piece.num_rows])
-        yield first + mine, _vectors(piece.column(side), mine)
+    for piece in vectors.pieces([column]):
+        mine, stored = np.flatnonzero(alive_N[first : first + piece.num_rows]), piece.column(column)
+        yield first + mine, unfixed(stored if len(mine) == len(stored) else stored.take(pa.array(mine)), np.float16)
         first += piece.num_rows
-
-
-def _vectors(column: pa.ChunkedArray, row_M: np.ndarray) -> np.ndarray:
-    """float16 (M, D) of some ascending rows, without a copy where they are all."""
-    return unfixed(column if len(row_M) == len(column) else column.take(pa.array(row_M)), np.float16)
+        del piece, stored  # before the next is read
 
 
 @dataclass(frozen=True)
@@ -207,24 +211,16 @@ class Draw:
         return Made({"drawn": pa.table({"vector": pa.chunked_array(drawn)})})
 
 
-def sampled(rows: Rows, column: str, state: Rows | None = None) -> np.ndarray:
-    """float16 (M, D), which are most of what a worker holds that trains on them: never twice.
-
-    Args:
-        rows: what `Draw` made, or vectors of which the survivors are taken.
-        column: of the vectors.
-        state: tells the survivors; None: all are taken.
-    """
-    alive_N = alive(state.table(["dropped_by"])) if state else np.ones(sum(rows.lengths), np.bool_)
-    sample_MD, first, seen = np.empty((0, 0), np.float16), 0, 0
-    for piece in rows.pieces([column]):
-        vec_PD = _vectors(piece.column(column), np.flatnonzero(alive_N[seen : seen + piece.num_rows]))
-        if not seen:
-            sample_MD = np.empty((np.count_nonzero(alive_N), vec_PD.shape[1]), np.float16)
+def sampled(vectors: Rows, column: str, state: Rows | None = None) -> np.ndarray:
+    """float16 (M, D) of all `_survivors`, which are most of what a worker holds that trains on them: never twice."""
+    rows = sum(f["alive"] for f in state.facts) if state else sum(vectors.lengths)
+    sample_MD, first = np.empty((0, 0), np.float16), 0
+    for _, vec_PD in _survivors(vectors, column, state):
+        if not first:
+            sample_MD = np.empty((rows, vec_PD.shape[1]), np.float16)
         sample_MD[first : first + len(vec_PD)] = vec_PD
         first += len(vec_PD)
-        seen += piece.num_rows
-        del piece, vec_PD  # before the next is read
+        del vec_PD  # before the next is read
     return sample_MD
 
 
@@ -248,8 +244,8 @@ class Train:
     exact: ClassVar[bool] = False  # the first centroids: FAISS's float32 sums differ between processors
 
     def build(self, machine: Machine) -> Function:
-        def train(rows: Rows, state: Rows | None = None) -> Made:
-            sample_MD = sampled(rows, self.column, state)
+        def train(vectors: Rows, state: Rows | None = None) -> Made:
+            sample_MD = sampled(vectors, self.column, state)
             gpu = machine.device != "cpu"
             centroid_KD, objective_I = kmeans.train(sample_MD, self.k, self.iterations, self.seed, machine.threads, gpu)
             return _centroids(centroid_KD, {"sample": len(sample_MD), "objective": objective_I.tolist()})

@@ -58,14 +58,15 @@ def measure(scratch: Path) -> Iterator[Row]:
     """Rates of rows; the ratio is two workers' rate over one's."""
     ours = RayExecutor(Machine(threads=1, workers=3), "local")
     crews = [RayExecutor(Machine(threads=1, workers=workers)) for workers in (1, 2)]
-    memory = Path("/dev/shm")
+    shm = Path("/dev/shm")
+    memory = shm if shm.is_dir() else scratch
     try:
         write_images(scratch / "images")
         yield from beside(crews, scratch, "embed, tiny", (SHARDS - WARM) * IMAGES, embed_seconds)
-        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else scratch) as folder:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
             write_vectors(Path(folder) / "vectors", VECTOR_SHARDS, ROWS, DIMS)
             yield from beside(crews, Path(folder), "dedup, but for k-means", VECTOR_SHARDS * ROWS, dedup_seconds)
-        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else scratch) as folder:
+        with tempfile.TemporaryDirectory(dir=memory) as folder:
             copy.write_pool(Path(folder) / "pool")
             samples = copy.SHARDS * copy.SAMPLES
             yield from beside(crews, Path(folder), "write", WRITES * samples, write_seconds, COPIES * samples)
