@@ -20,7 +20,8 @@ from pipeline.config import load_yaml, validate
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
 
-KEPT_BYTES = 256 << 20
+HEAP_BLOCK_BYTES, KEPT_BYTES = 256 << 20, 1 << 30
+"""The largest block that is kept, and how much of them: more than the layers of a network hold together for a batch."""
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags in /proc/cpuinfo of processors that multiply bfloat16 faster than float32; the last is ARM's."""
@@ -112,11 +113,12 @@ def bf16_flags() -> tuple[str, ...]:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep up to KEPT_BYTES that this process freed, blocks of any smaller size included.
+    """Tell glibc to keep up to KEPT_BYTES that this process freed, in blocks of up to HEAP_BLOCK_BYTES.
 
     It would give the large ones back, and zero their pages anew for every layer of a network and every block of rows: a
-    quarter of the time of a convolutional tower on a processor, and some 3% of an assignment to clusters.
+    quarter of the time of a convolutional tower on a processor, and some 3% of an assignment to clusters. With all that
+    a batch needs it does so, too, if that is more than KEPT_BYTES and nothing in use happens to lie behind it.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
