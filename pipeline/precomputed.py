@@ -73,12 +73,13 @@ class Precomputed:
             vec[side] = vec_ND
         ok_N = usable_N & np.array([detail is None for detail in detail_N], np.bool_)
         both_N = ok_N if self.text else np.zeros(rows, np.bool_)
+        score_N = row_cosine(vec["image"], vec["text"]) if self.text else np.zeros(rows, np.float32)
         bad_N = usable_N & ~ok_N
         table = pa.table(
             {
                 "image": fixed(vec["image"], ok_N),
                 "text": fixed(vec["text"], both_N),
-                "score": pa.array(row_cosine(vec["image"], vec["text"]), mask=~both_N),
+                "score": pa.array(score_N, mask=~both_N),
                 "problem": pa.array(np.where(bad_N, "bad_vector", ""), pa.string(), mask=~bad_N),
                 "detail": pa.array(detail_N, pa.string()),
             },

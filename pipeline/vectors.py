@@ -22,7 +22,6 @@ Bools: TypeAlias = NDArray[np.bool_]
 Uint8s: TypeAlias = NDArray[np.uint8]
 Uint64s: TypeAlias = NDArray[np.uint64]
 
-BLOCK_ROWS = 4096
 DOT_ROWS = 64  # their float64 rows stay in a processor's second cache, with those that they are multiplied by
 
 _BIAS = np.float32(2.0 ** (127 - 15))  # between the exponents of float32 and float16
@@ -43,14 +42,14 @@ def unit16(vec_ND: Floats) -> tuple[Float16s, Bools]:
     """
     unit_ND = np.zeros(vec_ND.shape, np.float16)
     ok_N = np.zeros(len(vec_ND), np.bool_)
-    for start in range(0, len(vec_ND), BLOCK_ROWS):
-        block_BD = vec_ND[start : start + BLOCK_ROWS].astype(np.float64)
+    for start in range(0, len(vec_ND), DOT_ROWS):
+        block_BD = vec_ND[start : start + DOT_ROWS].astype(np.float64)
         largest_B = np.abs(block_BD).max(axis=1, initial=0)
         ok_B = np.isfinite(largest_B) & (largest_B > 0)
         scaled_BD = block_BD[ok_B] / largest_B[ok_B, None]
         scaled_BD /= np.sqrt(np.einsum("nd,nd->n", scaled_BD, scaled_BD))[:, None]
-        unit_ND[start : start + BLOCK_ROWS][ok_B] = scaled_BD
-        ok_N[start : start + BLOCK_ROWS] = ok_B
+        unit_ND[start : start + DOT_ROWS][ok_B] = scaled_BD
+        ok_N[start : start + DOT_ROWS] = ok_B
     return unit_ND, ok_N
 
 

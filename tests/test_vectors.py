@@ -52,10 +52,10 @@ def test_huge_and_tiny_rows_keep_their_direction(dtype, length):
 
 
 def test_unit16_of_more_rows_than_a_block_is_row_by_row():
-    vec_ND = np.random.default_rng(0).normal(size=(vectors.BLOCK_ROWS + 3, 5))
-    vec_ND[vectors.BLOCK_ROWS] = 0
+    vec_ND = np.random.default_rng(0).normal(size=(vectors.DOT_ROWS + 3, 5))
+    vec_ND[vectors.DOT_ROWS] = 0
     unit_ND, ok_N = vectors.unit16(vec_ND)
-    assert np.flatnonzero(~ok_N).tolist() == [vectors.BLOCK_ROWS]
+    assert np.flatnonzero(~ok_N).tolist() == [vectors.DOT_ROWS]
     assert np.array_equal(unit_ND[-1], vectors.unit16(vec_ND[-1:])[0][0])
     assert np.allclose(vectors.norms(unit_ND[ok_N]), 1, atol=1e-3)
 
@@ -99,7 +99,7 @@ def test_cosines_equal_exact_rational_arithmetic(vec_ND):
 
 def test_a_cosine_does_not_depend_on_the_rows_beside_it():
     rng = np.random.default_rng(1)
-    a_ND = vectors.unit16(rng.normal(size=(vectors.BLOCK_ROWS + 9, 33)))[0]
+    a_ND = vectors.unit16(rng.normal(size=(vectors.DOT_ROWS + 9, 33)))[0]
     b_ND = vectors.unit16(rng.normal(size=a_ND.shape))[0]
     cos_N = vectors.row_cosine(a_ND, b_ND)
     alone_N = [vectors.row_cosine(a_ND[i : i + 1], b_ND[i : i + 1])[0] for i in range(len(a_ND))]
