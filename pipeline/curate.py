@@ -523,7 +523,8 @@ def drops(state: Dataset) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of pairsieve and of the libraries whose code shapes the bytes."""
-    libraries = ("numpy", "pyarrow", "faiss-cpu", "open_clip_torch", "torch", "torchvision", "pillow", "simplejpeg")
+    faiss = ("faiss-cpu", "faiss-gpu-cu12")
+    libraries = ("numpy", "pyarrow", *faiss, "open_clip_torch", "torch", "torchvision", "pillow", "simplejpeg")
     found = {}
     for name in ("pairsieve", *libraries):
         try:

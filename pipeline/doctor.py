@@ -27,6 +27,8 @@ EXTRAS = {
     "emoji": "`pairsieve sample` needs pip install 'pairsieve[sample]'",
 }
 FAISS = ("faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu", "faiss-cpu")
+ONE_FAISS = "pip uninstall --yes faiss-cpu && pip install --force-reinstall --no-deps faiss-gpu-cu12"
+"""Both builds lie in one folder, which cannot be imported then, and pairsieve asks for the first."""
 
 Level = Literal["ok", "warning", "fault"]
 
@@ -51,6 +53,7 @@ class Facts:
         device, precision, kind: what forward passes are computed with; `kind` names processor or GPU.
         refused: why the machine file cannot be honoured, or None.
         faiss_gpu: whether the FAISS that is imported has its GPU part.
+        faiss_error: why there is none to import, or None.
         fast_jpeg: whether Pillow decodes with libjpeg-turbo, as simplejpeg always does.
         raqm: whether Pillow can lay out emoji (libraqm with libfribidi).
         cores: of this process.
@@ -64,6 +67,7 @@ class Facts:
     kind: str
     refused: str | None
     faiss_gpu: bool
+    faiss_error: str | None
     fast_jpeg: bool
     raqm: bool
     cores: int
@@ -118,11 +122,7 @@ def findings(facts: Facts, machine: Machine) -> Iterator[Finding]:
         yield Finding("fault", "device", f"{detail} (install a CUDA build of torch, or say `device: cpu`)")
     else:
         yield Finding("ok", "device", f"{facts.device}, {facts.precision}, {facts.kind}")
-    on_gpu = facts.device == "cuda" and not facts.faiss_gpu
-    detail = "GPU" if facts.faiss_gpu else "CPU"
-    faiss = next((f"{name} {facts.versions[name]}" for name in FAISS if facts.versions.get(name)), "not installed")
-    hint = "; k-means of many clusters is slow without pip install 'pairsieve[gpu]'" if on_gpu else ""
-    yield Finding("warning" if on_gpu else "ok", "faiss", f"{faiss}, {detail} build{hint}")
+    yield _faiss(facts)
     yield Finding("ok", "threads", f"{machine.threads} of one worker; {facts.cores} cores")
     if not facts.fast_jpeg:
         yield Finding(
@@ -132,15 +132,34 @@ def findings(facts: Facts, machine: Machine) -> Iterator[Finding]:
         yield Finding("warning", "raqm", "libfribidi is missing: `pairsieve sample` draws no joined emoji")
 
 
+def _faiss(facts: Facts) -> Finding:
+    installed = [f"{name} {facts.versions[name]}" for name in FAISS if facts.versions.get(name)]
+    found = " and ".join(installed) or "of no package"
+    several = f"; only one may stay: {ONE_FAISS}" if len(installed) > 1 else ""
+    if facts.faiss_error:
+        return Finding("fault", "faiss", f"{found}: cannot be imported: {facts.faiss_error}{several}")
+    build = f"{found}, {'GPU' if facts.faiss_gpu else 'CPU'} build"
+    if facts.device == "cuda" and not facts.faiss_gpu and not several:
+        hint = f"k-means of many clusters is slow without pip install 'pairsieve[gpu]' && {ONE_FAISS}"
+        return Finding("warning", "faiss", f"{build}; {hint}")
+    return Finding("warning" if several else "ok", "faiss", build + several)
+
+
 def facts(machine: Machine) -> Facts:
     """Look at this machine."""
-    import faiss
     from PIL import features
 
     from pipeline.encode import numerics
 
     packages = ("pairsieve", *SAFE, *NEEDED, *EXTRAS, *FAISS)
     versions = {package: _version(package) for package in packages}
+    faiss_gpu, faiss_error = False, None
+    try:
+        import faiss
+
+        faiss_gpu = hasattr(faiss, "StandardGpuResources")
+    except (ImportError, AttributeError) as error:
+        faiss_error = str(error)
     device, precision, kind, refused = "cpu", "none", "", None
     try:
         found = numerics(machine)
@@ -155,7 +174,8 @@ def facts(machine: Machine) -> Facts:
         precision=precision,
         kind=kind,
         refused=refused,
-        faiss_gpu=hasattr(faiss, "StandardGpuResources"),
+        faiss_gpu=faiss_gpu,
+        faiss_error=faiss_error,
         fast_jpeg=bool(features.check_feature("libjpeg_turbo")),
         raqm=bool(features.check_feature("raqm")) and bool(features.check_feature("fribidi")),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

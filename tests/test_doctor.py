@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from pipeline.doctor import FAISS, NEEDED, SAFE, Facts, Finding, facts, findings
 from pipeline.machine import Machine
 
 GOOD = {**SAFE, **dict.fromkeys(NEEDED, "1.0"), "faiss-cpu": "1.9", "pairsieve": "0.1"}
-FIT = Facts(GOOD, "3.11.7", False, "cpu", "bf16", "cpu avx512 torch 2.6", None, False, True, True, 2)
+FIT = Facts(GOOD, "3.11.7", False, "cpu", "bf16", "cpu avx512 torch 2.6", None, False, None, True, True, 2)
 
 
 def of(found: Facts, machine: Machine | None = None) -> dict[str, Finding]:
@@ -79,9 +81,31 @@ def test_a_machine_file_that_cannot_be_honoured_is_a_fault() -> None:
 def test_a_gpu_without_faiss_for_it_is_a_warning() -> None:
     gpu = replace(FIT, gpu_seen=True, device="cuda", kind="NVIDIA H100 torch 2.6")
     assert levels(gpu) == {"faiss": "warning"}
-    versions = {**GOOD, FAISS[0]: "1.9"}
-    both = replace(gpu, versions=versions, faiss_gpu=True)
-    assert of(both)["faiss"].detail == "faiss-gpu-cu12 1.9, GPU build"
+    assert "pip install 'pairsieve[gpu]' && pip uninstall" in of(gpu)["faiss"].detail
+    fit = replace(gpu, versions={**GOOD, "faiss-cpu": None, FAISS[0]: "1.9"}, faiss_gpu=True)
+    assert of(fit)["faiss"] == Finding("ok", "faiss", "faiss-gpu-cu12 1.9, GPU build")
+
+
+def test_two_builds_of_faiss_are_doubtful_or_a_fault_and_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(FIT, versions={**GOOD, FAISS[0]: "1.14"}, faiss_error="module 'faiss._swigfaiss' has no attribute")
+    assert levels(broken) == {"faiss": "fault"}
+    assert of(broken)["faiss"].detail == (
+        "faiss-gpu-cu12 1.14 and faiss-cpu 1.9: cannot be imported: module 'faiss._swigfaiss' has no attribute; only "
+        "one may stay: pip uninstall --yes faiss-cpu && pip install --force-reinstall --no-deps faiss-gpu-cu12"
+    )
+    overwritten = replace(broken, faiss_error=None)
+    assert levels(overwritten) == {"faiss": "warning"}
+    assert of(overwritten)["faiss"].detail.startswith("faiss-gpu-cu12 1.14 and faiss-cpu 1.9, CPU build; only one may")
+    assert "only one" not in of(replace(FIT, faiss_error="libcublas.so.12: no such file"))["faiss"].detail
+    # What an import of both ends in.
+    (tmp_path / "faiss.py").write_text("import sys\nsys.missing_from_the_other_build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    found = facts(Machine(device="cpu"))
+    assert found.faiss_error == "module 'sys' has no attribute 'missing_from_the_other_build'"
+    assert not found.faiss_gpu
 
 
 def test_slow_jpeg_and_missing_fribidi_are_warnings() -> None:
