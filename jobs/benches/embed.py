@@ -42,7 +42,7 @@ from pipeline.storage import Root, UnitFiles
 from pipeline.vectors import Uint8s
 
 ARCH = "ViT-B-32"
-PAIRS, TINY_PAIRS, TRY_PAIRS = 256, 2048, 128
+PAIRS, LIMIT_PAIRS, TINY_PAIRS, TRY_PAIRS = 256, 512, 2048, 128
 SHARDS = 2
 SHORT, LONG = (1, 5), (8, 16)
 """Words of a caption, fewest and most: clip art's, and LAION's."""
@@ -129,7 +129,8 @@ def vit(scratch: Path) -> Iterator[Row]:
     model = {"arch": ARCH, "weights": str(weights)}
     images = pictures(PAIRS)
     pools = {words: Tars(scratch / f"vit-{words[0]}", images, captions(PAIRS, words)).write() for words in USUAL}
-    yield limit_row(ARCH, pools[SHORT], scratch, model, 0.93)
+    more = Tars(scratch / "vit-limit", pictures(LIMIT_PAIRS), captions(LIMIT_PAIRS, SHORT)).write()
+    yield limit_row(ARCH, more, scratch, model, 0.93)
     peer = usual_stack(weights)
     for words, pool in pools.items():
         some = Tars(scratch / f"some-{words[0]}", images[:TRY_PAIRS], pool.captions[:TRY_PAIRS]).write()
