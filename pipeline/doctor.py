@@ -28,7 +28,7 @@ EXTRAS = {
 }
 FAISS = ("faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu", "faiss-cpu")
 ONE_FAISS = "pip uninstall --yes faiss-cpu && pip install --force-reinstall --no-deps faiss-gpu-cu12"
-"""Both builds lie in one folder, which cannot be imported then, and pairsieve asks for the first."""
+"""Leaves the GPU build alone in the folder that both share; the other is there because pairsieve depends on it."""
 
 Level = Literal["ok", "warning", "fault"]
 
