@@ -43,8 +43,7 @@ from pipeline.vectors import Uint8s
 
 ARCH = "ViT-B-32"
 PAIRS, LIMIT_PAIRS, TINY_PAIRS, TRY_PAIRS = 256, 512, 2048, 128
-"""Beside the usual stack; beside its own passes, which are close: twice as long; of `tiny`; to find the stack's best."""
-
+"""Beside the usual stack; beside its own passes, which are close: twice as many; of `tiny`; for the stack's best."""
 SHARDS = 2
 SHORT, LONG = (1, 5), (8, 16)
 """Words of a caption, fewest and most: clip art's, and LAION's."""
